@@ -1,0 +1,148 @@
+# Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of a causal language model whose hidden states are search queries.
+
+Ships to the Hub beside `modeling_native_retrieval.py`; imports transformers only.
+"""
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+QUERY_MODES = ("context", "generated")
+
+
+class NativeRetrievalConfig(PreTrainedConfig):
+    r"""
+    What a [`NativeRetrievalModel`] is made of. Every field is checked at construction; a combination that cannot work
+    raises `ValueError` with the value seen and the value wanted.
+
+    The backbone:
+
+        text_config (`PreTrainedConfig` or `dict`):
+            The configuration of the causal language model, any architecture that `AutoModelForCausalLM` knows.
+        backbone_name_or_path, backbone_revision (`str`, *optional*):
+            Where the backbone came from. Needed when `store_backbone=False`.
+        store_backbone (`bool`, defaults to `True`):
+            Whether `save_pretrained` writes the backbone's weights too. If not, it writes the head alone (a few MB) and
+            `from_pretrained` fetches the backbone from `backbone_name_or_path` at `backbone_revision`.
+
+    The teacher, that is the embedding model of the document index:
+
+        embedding_dim (`int`, defaults to 384): width of the teacher's vectors, and of ours.
+        teacher_name_or_path, teacher_revision (`str`, *optional*): which model it is.
+        teacher_fingerprint (`str`, *optional*):
+            256 bits, hexadecimal, taken from the teacher's vectors of fixed sentences. An index carries the same, and a
+            model and an index whose fingerprints differ refuse each other.
+
+    From the conversation to the vector:
+
+        query_mode (`"context"` or `"generated"`, defaults to `"context"`):
+            What the head reads. `"context"`: the last `num_context_tokens` tokens of the prompt, which the prefill has
+            computed anyway, so that no query is ever written. `"generated"` (arXiv 2603.08429): the tokens of a query
+            that the backbone writes first.
+        num_context_tokens (`int`, defaults to 16): tokens that the head reads in `"context"` mode.
+        query_prompt (`str`): how the assistant's turn begins when the backbone is made to write a query.
+        max_query_tokens (`int`, defaults to 32): tokens of a written query at most.
+        max_prompt_tokens (`int`, *optional*):
+            Longest prompt, in tokens; older turns are dropped beyond it. Defaults to the backbone's context less the
+            room for a written query.
+
+    The head:
+
+        hidden_state_layers (`list[int]`, *optional*):
+            The layers it reads, as indices into `hidden_states` (0 = embeddings, `num_hidden_layers` = after the final
+            norm). Defaults to five spread over the depth.
+        head_dim, head_num_layers, head_num_attention_heads, head_dropout:
+            The transformer encoder of the projection head.
+        copy_num_heads (`int`, defaults to 8):
+            Heads of the copy path, which picks words out of the conversation; 0 leaves the path out, and gives the
+            paper's head.
+        copy_head_dim (`int`, defaults to 64): width of a copy head's queries and keys.
+        copy_layer (`int`, *optional*):
+            The layer, one of `hidden_state_layers`, that gives the copy path its keys. Defaults to the middle one.
+    """
+
+    model_type = "native_retrieval"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+
+    text_config: dict | PreTrainedConfig | None = None
+    backbone_name_or_path: str | None = None
+    backbone_revision: str | None = None
+    store_backbone: bool = True
+
+    embedding_dim: int = 384
+    teacher_name_or_path: str | None = None
+    teacher_revision: str | None = None
+    teacher_fingerprint: str | None = None
+
+    query_mode: str = "context"
+    num_context_tokens: int = 16
+    query_prompt: str = "Search query:"
+    max_query_tokens: int = 32
+    max_prompt_tokens: int | None = None
+
+    hidden_state_layers: list[int] | None = None
+    head_dim: int = 512
+    head_num_layers: int = 1
+    head_num_attention_heads: int = 8
+    head_dropout: float = 0.1
+    copy_num_heads: int = 8
+    copy_head_dim: int = 64
+    copy_layer: int | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        text = self.text_config.get_text_config()
+        depth = text.num_hidden_layers
+        # One truth about tying: what the backbone does.
+        self.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", False))
+        if self.hidden_state_layers is None:
+            self.hidden_state_layers = sorted({round(depth * share) for share in (0.15, 0.3, 0.5, 0.7, 0.9)})
+        if self.copy_layer is None:
+            self.copy_layer = self.hidden_state_layers[len(self.hidden_state_layers) // 2]
+        if self.max_prompt_tokens is None:
+            context = getattr(text, "max_position_embeddings", None) or 2048
+            # A query prompt is a few words; 32 tokens are ample.
+            self.max_prompt_tokens = max(context - self.max_query_tokens - 32, 1)
+        self._check(depth)
+
+    def _check(self, depth: int) -> None:
+        def need(condition: bool, message: str) -> None:
+            if not condition:
+                raise ValueError(f"NativeRetrievalConfig: {message}")
+
+        need(
+            self.query_mode in QUERY_MODES,
+            f"query_mode={self.query_mode!r} is unknown; choose one of {', '.join(QUERY_MODES)}",
+        )
+        for name in (
+            "embedding_dim",
+            "num_context_tokens",
+            "max_query_tokens",
+            "max_prompt_tokens",
+            "head_dim",
+            "head_num_attention_heads",
+            "copy_head_dim",
+        ):
+            need(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("head_num_layers", "copy_num_heads"):
+            need(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        need(0.0 <= self.head_dropout < 1.0, f"head_dropout={self.head_dropout} must lie in [0, 1)")
+        need(
+            self.head_dim % self.head_num_attention_heads == 0,
+            f"head_dim={self.head_dim} must be a multiple of head_num_attention_heads={self.head_num_attention_heads}",
+        )
+        need(len(self.hidden_state_layers) > 0, "hidden_state_layers is empty; name at least one layer")
+        outside = [layer for layer in self.hidden_state_layers if not 0 <= layer <= depth]
+        need(not outside, f"hidden_state_layers {outside} lie outside 0..{depth}, the backbone's depth")
+        need(
+            self.copy_layer in self.hidden_state_layers,
+            f"copy_layer={self.copy_layer} must be one of hidden_state_layers={self.hidden_state_layers}",
+        )
+        need(
+            self.store_backbone or bool(self.backbone_name_or_path),
+            "store_backbone=False needs backbone_name_or_path, or the saved head could never find its backbone",
+        )
+
+
+NativeRetrievalConfig.register_for_auto_class()
+__all__ = ["NativeRetrievalConfig", "QUERY_MODES"]

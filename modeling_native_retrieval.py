@@ -1,0 +1,712 @@
+# Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
+"""A causal language model whose hidden states are search queries (after arXiv 2603.08429).
+
+    messages ── chat template ──▶ prompt ── backbone prefill ──▶ hidden states ── head ──▶ query vector
+                                                              └▶ KV cache ── generate ──▶ the same tokens as without us
+
+The file reads in that order: messages to prompt, the two parts of the head, the model. It ships to the Hub beside
+`configuration_native_retrieval.py` and imports torch and transformers only.
+"""
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+try:  # from the Hub the two files form a package; in the repository they are plain modules
+    from .configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
+except ImportError:
+    from configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
+
+ROLES = ("system", "user", "assistant", "tool")
+Message = dict[str, Any]
+Conversation = list[Message]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Messages to prompt
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_messages(messages: Conversation, name: str = "conversation") -> None:
+    """Raises `ValueError` in one line unless `messages` is a conversation that a query can be taken from."""
+    if not isinstance(messages, (list, tuple)):
+        raise ValueError(f"{name} is a {type(messages).__name__}; give a list of {{'role', 'content'}} messages")
+    if not messages:
+        raise ValueError(f"{name} is empty; give at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message:
+            raise ValueError(f"{name}, message {i}: {message!r:.80} is not a message; give {{'role', 'content'}}")
+        if message["role"] not in ROLES:
+            raise ValueError(f"{name}, message {i}: unknown role {message['role']!r}; use one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            kind = type(message.get("content")).__name__
+            raise ValueError(f"{name}, message {i}: content is a {kind}; give a string")
+    if messages[-1]["role"] == "user" and not messages[-1]["content"].strip():
+        raise ValueError(f"{name}: the last turn, message {len(messages) - 1}, is empty; give the user's question")
+    if not any(message["content"].strip() for message in messages if message["role"] != "system"):
+        raise ValueError(f"{name} has no text in any turn; give at least one turn with text")
+
+
+def merge_turns(messages: Conversation) -> Conversation:
+    """Drops empty turns and joins neighbours of one role: real logs have both, and some chat templates refuse them."""
+    merged: Conversation = []
+    for message in messages:
+        if not message["content"].strip():
+            continue
+        if merged and merged[-1]["role"] == message["role"]:
+            merged[-1]["content"] += "\n" + message["content"]
+        else:
+            merged.append({"role": message["role"], "content": message["content"]})
+    return merged
+
+
+def _user_and_assistant_only(messages: Conversation) -> Conversation:
+    """The same conversation for a chat template that knows neither `system` nor `tool`, as Gemma's."""
+    folded = []
+    for message in messages:
+        if message["role"] == "tool":
+            message = {"role": "user", "content": f"Tool result:\n{message['content']}"}
+        folded.append(message if message["role"] == "assistant" else {**message, "role": "user"})
+    if folded[0]["role"] == "assistant":
+        folded.insert(0, {"role": "user", "content": "Hello."})
+    return merge_turns(folded)
+
+
+def _render(tokenizer, messages: Conversation) -> str:
+    if not tokenizer.chat_template:
+        text = "".join(f"{message['role'].capitalize()}: {message['content']}\n" for message in messages)
+        return text[:-1] if messages[-1]["role"] == "assistant" else text + "Assistant:"
+    half_turn = messages[-1]["role"] == "assistant"
+    arguments = {"tokenize": False, "add_generation_prompt": not half_turn, "continue_final_message": half_turn}
+    try:
+        return tokenizer.apply_chat_template(messages, **arguments)
+    except Exception as refused:  # templates refuse roles by raising whatever their author chose
+        try:
+            return tokenizer.apply_chat_template(_user_and_assistant_only(messages), **arguments)
+        except Exception:
+            raise ValueError(f"the tokenizer's chat template refuses this conversation: {refused}") from refused
+
+
+def build_prompt(tokenizer, messages: Conversation, max_tokens: int, special_tokens: Sequence[str] = ()) -> list[int]:
+    """
+    One conversation to the token ids of its prompt, ending where the assistant would speak next.
+
+    The conversation may end on any role. When it is longer than `max_tokens`, the oldest turns are dropped, one at a
+    time; a system message stays, and so does the last turn. Special tokens spelt out in a message's text become plain
+    text, so that nothing a user or a document says can forge a turn.
+
+    Returns:
+        `list[int]`: at most `max_tokens` ids.
+
+    Raises:
+        `ValueError`: for a malformed conversation, or a last turn which alone is longer than `max_tokens`.
+    """
+    check_messages(messages)
+    messages = merge_turns(messages)
+    for message in messages:
+        for token in special_tokens:
+            if token in message["content"]:  # a word joiner inside the marker keeps it readable and harmless
+                message["content"] = message["content"].replace(token, token[0] + "\u2060" + token[1:])
+    oldest = 1 if messages[0]["role"] == "system" else 0
+    while True:
+        prompt = _render(tokenizer, messages)
+        # Templates write their own special tokens; a tokenizer's default ones would stand there twice.
+        input_ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        if len(input_ids) <= max_tokens:
+            return input_ids
+        if len(messages) - oldest <= 1:
+            raise ValueError(
+                f"the last turn alone makes a prompt of {len(input_ids)} tokens, over max_prompt_tokens={max_tokens}; "
+                "shorten it or raise max_prompt_tokens"
+            )
+        # Dropping a tenth at a time keeps a very long history from being rendered once for every turn in it.
+        drop = max(1, (len(messages) - oldest - 1) // 10)
+        del messages[oldest : oldest + drop]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The head
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ProjectionHead(nn.Module):
+    """
+    The paper's head, over several layers: linear in, learned positions, transformer encoder, masked mean, linear out;
+    beside it a linear skip path, which alone would be a linear probe.
+
+    Positions count from the end, so that the newest token always has the same one.
+    """
+
+    def __init__(self, config: NativeRetrievalConfig):
+        super().__init__()
+        hidden_size = config.text_config.get_text_config().hidden_size
+        num_layers = len(config.hidden_state_layers)
+        self.num_positions = max(config.num_context_tokens, config.max_query_tokens)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(num_layers))
+        self.linear_in = nn.Linear(num_layers * hidden_size, config.head_dim)
+        self.positions = nn.Embedding(self.num_positions, config.head_dim)
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.encoder = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                config.head_dim,
+                config.head_num_attention_heads,
+                dim_feedforward=2 * config.head_dim,
+                dropout=config.head_dropout,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(config.head_num_layers)
+        )
+        self.norm_out = nn.LayerNorm(config.head_dim)
+        self.linear_out = nn.Linear(config.head_dim, config.embedding_dim)
+        self.skip = nn.Linear(2 * num_layers * hidden_size, config.embedding_dim)
+
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, layers, hidden_size)`): in order, newest last.
+            mask (`torch.BoolTensor` of shape `(batch, tokens)`): False for padding; at least one True in each row.
+
+        Returns:
+            the vector, not yet normalised, `(batch, embedding_dim)`, and a summary of what was read,
+            `(batch, 2 * head_dim)`: the mean over the tokens beside the newest token.
+        """
+        states = torch.cat([norm(hidden_states[:, :, i]) for i, norm in enumerate(self.norms)], dim=-1)
+        from_end = mask.flip(1).cumsum(1).flip(1) - 1
+        encoded = self.linear_in(states) + self.positions(from_end.clamp(0, self.num_positions - 1))
+        encoded = self.dropout(encoded)
+        for layer in self.encoder:
+            encoded = layer(encoded, src_key_padding_mask=~mask)
+        encoded = self.norm_out(encoded)
+        mean, newest = _mean_and_newest(encoded, mask)
+        skip = self.skip(self.dropout(torch.cat(_mean_and_newest(states, mask), dim=-1)))
+        return self.linear_out(mean) + skip, torch.cat((mean, newest), dim=-1)
+
+
+def _mean_and_newest(states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = mask.to(states.dtype)
+    mean = torch.einsum("bt,bth->bh", weights / weights.sum(1, keepdim=True), states)
+    newest = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+    return mean, states[torch.arange(len(states), device=states.device), newest]
+
+
+class CopyPath(nn.Module):
+    """
+    What a language model's deep states lose is which words were said. This path attends over the conversation, decides
+    which of its words belong in the query, and adds their values: a learned vector for each vocabulary entry, in the
+    teacher's space, plus a projection of the token's state, which knows the name that its pieces spell.
+
+    Keys and values are never formed for each token: a linear map commutes with the weighted sum, so the query is moved
+    into the states' space and the sum is moved out of it. The cost is one product with the states for each head.
+    """
+
+    NUM_SEGMENTS = 64
+
+    def __init__(self, config: NativeRetrievalConfig):
+        super().__init__()
+        text = config.text_config.get_text_config()
+        heads, width = config.copy_num_heads, config.copy_head_dim
+        self.num_heads = heads
+        self.norm = nn.LayerNorm(text.hidden_size)
+        self.query = nn.Linear(2 * config.head_dim, heads * width)
+        self.key = nn.Parameter(torch.empty(heads, width, text.hidden_size))
+        self.segment_bias = nn.Embedding(self.NUM_SEGMENTS, heads)
+        self.token_values = nn.Embedding(text.vocab_size, config.embedding_dim)
+        self.token_salience = nn.Embedding(text.vocab_size, 1)
+        self.gain = nn.Parameter(torch.empty(heads))
+        self.state_value = nn.Linear(heads * text.hidden_size, config.embedding_dim, bias=False)
+        self.dropout = nn.Dropout(config.head_dropout)
+
+    def forward(
+        self,
+        summary: torch.Tensor,
+        states: torch.Tensor,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        segments: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            summary (`torch.Tensor` of shape `(batch, 2 * head_dim)`): from the projection head; asks for words.
+            states (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): of every token at `copy_layer`.
+            input_ids, mask, segments (`(batch, tokens)`): the tokens, which of them may be copied, and how many special
+                tokens follow each, which tells the turns apart.
+
+        Returns:
+            the vector `(batch, embedding_dim)` and the weight of each token in it `(batch, tokens)`.
+        """
+        batch = len(states)
+        states = self.norm(states)
+        queries = self.query(summary).view(batch, self.num_heads, -1)
+        queries = torch.einsum("bnd,ndh->bnh", queries, self.key) * self.key.shape[1] ** -0.5
+        scores = torch.einsum("bnh,bth->bnt", queries, states)
+        scores = scores + self.segment_bias(segments.clamp(max=self.NUM_SEGMENTS - 1)).transpose(1, 2)
+        scores = scores + self.token_salience(input_ids).transpose(1, 2)
+        scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
+        # A row with nothing to copy would otherwise spread its weight over padding.
+        weights = scores.softmax(-1) * mask.any(1)[:, None, None]
+        attributions = torch.einsum("n,bnt->bt", self.gain, weights)
+        words = torch.einsum("bt,btd->bd", attributions, self.token_values(input_ids))
+        mixed = torch.einsum("bnt,bth->bnh", weights, states).flatten(1)
+        return words + self.state_value(self.dropout(mixed)), attributions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class NativeRetrievalOutput(ModelOutput):
+    """
+    query_embeddings (`torch.FloatTensor` of shape `(batch, embedding_dim)`): L2-normalised, in the teacher's space.
+    attributions (`torch.FloatTensor` of shape `(batch, tokens)`, *optional*): each token's weight in the copy path.
+    input_ids, attention_mask (`(batch, tokens)`): what the vectors were read from, padded on the left.
+    past_key_values (`Cache`, *optional*): the prompt's cache, to go on generating from.
+    query_ids (`list[list[int]]`, *optional*): in `generated` mode, the query that was written.
+    """
+
+    query_embeddings: torch.FloatTensor | None = None
+    attributions: torch.FloatTensor | None = None
+    input_ids: torch.LongTensor | None = None
+    attention_mask: torch.LongTensor | None = None
+    past_key_values: Any = None
+    query_ids: list[list[int]] | None = None
+
+
+@dataclass
+class Prefill(ModelOutput):
+    """A batch of prompts after one pass through the backbone: everything that either head or generation needs."""
+
+    input_ids: torch.LongTensor | None = None
+    attention_mask: torch.LongTensor | None = None
+    hidden_states: torch.FloatTensor | None = None  # (batch, tokens, layers, hidden_size)
+    past_key_values: Any = None
+
+
+class NativeRetrievalModel(PreTrainedModel):
+    """
+    A causal language model and a head that turns its hidden states into query vectors for an existing index.
+
+    `generate` is the backbone's own: its weights are frozen and nothing here touches them.
+
+    Example:
+
+    ```python
+    model = AutoModel.from_pretrained(repo, revision=revision, trust_remote_code=True)
+    vector = model.embed_query([{"role": "user", "content": "Who wrote Dune?"}])  # (1, embedding_dim)
+    ```
+    """
+
+    config_class = NativeRetrievalConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # A head is a few percent of the backbone: full precision costs nothing there, and keeps vectors comparable.
+    _keep_in_fp32_modules_strict = ["head", "copy_path"]
+
+    def __init__(self, config: NativeRetrievalConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config)
+        if backbone is None:
+            backbone = AutoModelForCausalLM.from_config(config.text_config)
+        else:
+            for module in backbone.modules():  # its weights are real: post_init must not draw them anew
+                module._is_hf_initialized = True
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.head = ProjectionHead(config)
+        self.copy_path = CopyPath(config) if config.copy_num_heads else None
+        if not config.store_backbone:
+            self._keys_to_ignore_on_load_missing = [r"^backbone\."]
+        self._tokenizer = None
+        self._tokenizer_source: tuple[str, dict] | None = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CopyPath):
+            init.normal_(module.key, std=0.02)
+            init.constant_(module.gain, 1.0 / module.num_heads)
+            init.zeros_(module.segment_bias.weight)
+            init.zeros_(module.token_salience.weight)
+
+    @classmethod
+    def from_backbone(
+        cls, backbone: str | PreTrainedModel, teacher: Any = None, *, tokenizer: Any = None, **config_fields
+    ) -> "NativeRetrievalModel":
+        """
+        A new, untrained model around an existing language model.
+
+        Args:
+            backbone (`str` or `PreTrainedModel`): a causal language model, or its path or Hub id.
+            teacher (*optional*): the embedding model of the index. Anything with
+                `encode(list[str]) -> array (n, embedding_dim)`, such as a `SentenceTransformer`; its vectors of single
+                tokens start the copy path. Without it, set `embedding_dim`.
+            tokenizer (*optional*): the backbone's; loaded from beside it by default.
+            **config_fields: fields of [`NativeRetrievalConfig`], `backbone_revision` among them.
+
+        Raises:
+            `ValueError`: for a tokenizer larger than the backbone's embeddings, or a bad field.
+        """
+        if isinstance(backbone, (str, os.PathLike)):
+            source = str(backbone)
+            revision = config_fields.get("backbone_revision")
+            backbone = AutoModelForCausalLM.from_pretrained(source, revision=revision)
+            config_fields.setdefault("backbone_name_or_path", source)
+        else:
+            source = backbone.name_or_path
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=config_fields.get("backbone_revision"))
+        if len(tokenizer) > backbone.config.get_text_config().vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, the backbone embeds only "
+                f"{backbone.config.get_text_config().vocab_size}; give the backbone's own tokenizer"
+            )
+        if teacher is not None:
+            vectors = torch.as_tensor(teacher.encode([_spelling(tokenizer, i) for i in range(len(tokenizer))]))
+            config_fields.setdefault("embedding_dim", vectors.shape[1])
+        # A copy: a composite config sets the attention implementation of its parts, and this one is in use.
+        text_config = copy.deepcopy(backbone.config)
+        config = NativeRetrievalConfig(text_config=text_config, dtype=backbone.dtype, **config_fields)
+        model = cls(config, backbone=backbone)
+        model.tokenizer = tokenizer
+        for part in (model.head, model.copy_path):
+            if part is not None:
+                part.float()
+        if teacher is not None and model.copy_path is not None:
+            if vectors.shape[1] != config.embedding_dim:
+                raise ValueError(
+                    f"the teacher's vectors have {vectors.shape[1]} dimensions, embedding_dim is "
+                    f"{config.embedding_dim}; leave embedding_dim out to take the teacher's"
+                )
+            with torch.no_grad():
+                model.copy_path.token_values.weight[: len(vectors)] = vectors.float()
+        return model.to(backbone.device)
+
+    # -- load and save ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
+        model._tokenizer_source = (str(pretrained_model_name_or_path), hub)
+        if not model.config.store_backbone:
+            hub = {k: hub[k] for k in ("token", "cache_dir", "local_files_only") if k in hub}
+            source, revision = model.config.backbone_name_or_path, model.config.backbone_revision
+            try:
+                weights = AutoModelForCausalLM.from_pretrained(
+                    source, revision=revision, dtype=model.backbone.dtype, **hub
+                )
+            except OSError as error:
+                raise OSError(
+                    f"this repository holds the head alone; its backbone {source!r} (revision {revision}) could not be "
+                    "fetched: make it reachable, or save the model with store_backbone=True"
+                ) from error
+            model.backbone = weights.requires_grad_(False).eval().to(model.head.linear_out.weight.device)
+        return loaded
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; writes the tokenizer too, and leaves the backbone out if `config.store_backbone` says."""
+        if not self.config.store_backbone:
+            state = kwargs.pop("state_dict", None) or self.state_dict()
+            kwargs["state_dict"] = {k: v for k, v in state.items() if not k.startswith("backbone.")}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self.tokenizer.save_pretrained(save_directory)
+
+    @property
+    def tokenizer(self):
+        """The backbone's tokenizer; loaded from beside the weights when first used. May be set."""
+        if self._tokenizer is None:
+            if self._tokenizer_source is None:
+                raise ValueError("this model was not loaded from anywhere; set model.tokenizer to the backbone's")
+            source, hub = self._tokenizer_source
+            # With its config at hand, the tokenizer's loader need not ask about the code of this repository.
+            self.tokenizer = AutoTokenizer.from_pretrained(source, config=self.config.text_config, **hub)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Read once, and never per call: the ids that mark turns, those that end a written query, and their spellings.
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        markers = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        self._special_ids = sorted(markers)
+        self._special_tokens = [s for s in tokenizer.convert_ids_to_tokens(self._special_ids) if len(s) > 1]
+        pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        self._line_end_ids = [i for i, s in enumerate(pieces) if s and ("\u010a" in s or "\n" in s or s == "<0x0A>")]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.backbone.get_output_embeddings()
+
+    def train(self, mode: bool = True) -> "NativeRetrievalModel":
+        super().train(mode)
+        self.backbone.eval()  # frozen: dropout in it would only blur the features
+        return self
+
+    def generate(self, *args, **kwargs):
+        """The backbone's own `generate`. Takes `past_key_values` from `embed_query(..., return_cache=True)`."""
+        return self.backbone.generate(*args, **kwargs)
+
+    # -- hidden states to vectors -------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        readout_mask: torch.BoolTensor | None = None,
+        hidden_states: torch.Tensor | None = None,
+    ) -> NativeRetrievalOutput:
+        """
+        Prompts to query vectors. Gradients reach the head only.
+
+        Args:
+            input_ids, attention_mask (`(batch, tokens)`): prompts, padded on either side.
+            readout_mask (`(batch, tokens)`, *optional*): the tokens the head reads: those of a written query, or by
+                default each prompt's last `num_context_tokens`.
+            hidden_states (`(batch, tokens, layers, hidden_size)`, *optional*): the backbone's, at
+                `hidden_state_layers`, when they have been computed before; the backbone is then not run.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if hidden_states is None:
+            hidden_states = self.prefill(input_ids, attention_mask, use_cache=False).hidden_states
+        if hidden_states.shape[:2] != input_ids.shape:
+            raise ValueError(
+                f"hidden_states cover {tuple(hidden_states.shape[:2])} (batch, tokens), input_ids "
+                f"{tuple(input_ids.shape)}; give both for the same tokens"
+            )
+        real = attention_mask.bool()
+        if readout_mask is None:
+            width = self.config.num_context_tokens
+            readout_mask = real & (real.flip(1).cumsum(1).flip(1) <= width)
+        else:
+            width = self.head.num_positions
+        if not readout_mask.any(1).all():
+            raise ValueError("readout_mask leaves a row without a token to read; mark at least one in each")
+
+        hidden_states = hidden_states.to(self.head.linear_in.weight.dtype)
+        # The newest `width` tokens to read, in order, whichever side the padding is on.
+        order = torch.where(readout_mask, torch.arange(input_ids.shape[1], device=input_ids.device), -1)
+        order = order.topk(min(width, input_ids.shape[1]), dim=1).values.flip(1)
+        read = hidden_states[torch.arange(len(order), device=order.device)[:, None], order.clamp(min=0)]
+        vectors, summary = self.head(read, order >= 0)
+
+        attributions = None
+        if self.copy_path is not None:
+            special = torch.isin(input_ids, torch.tensor(self._special_ids, device=input_ids.device)) & real
+            first = real & (real.cumsum(1) == 1)  # the attention sink
+            segments = special.flip(1).cumsum(1).flip(1)
+            states = hidden_states[:, :, self.config.hidden_state_layers.index(self.config.copy_layer)]
+            copied, attributions = self.copy_path(summary, states, input_ids, real & ~special & ~first, segments)
+            vectors = vectors + copied
+        return NativeRetrievalOutput(
+            query_embeddings=F.normalize(vectors, dim=-1),
+            attributions=attributions,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+        )
+
+    @torch.no_grad()
+    def prefill(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None, use_cache: bool = True
+    ) -> Prefill:
+        """One pass of prompts `(batch, tokens)` through the backbone, without its language-model head."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        output = self.backbone.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
+            past_key_values=DynamicCache(config=self.backbone.config) if use_cache else None,
+            use_cache=use_cache,
+            output_hidden_states=True,
+        )
+        hidden_states = torch.stack([output.hidden_states[i] for i in self.config.hidden_state_layers], dim=2)
+        return Prefill(input_ids, attention_mask, hidden_states, output.past_key_values if use_cache else None)
+
+    @torch.no_grad()
+    def write_queries(self, prefill: Prefill) -> tuple[Prefill, list[list[int]]]:
+        """
+        Lets the backbone write a search query after each prompt, greedily, from the prompt's cache, which is used up.
+
+        Returns:
+            the prefill, longer by `query_prompt` and the query, and each query's tokens (without the line end).
+        """
+        device = prefill.input_ids.device
+        batch, length = prefill.input_ids.shape
+        start = self.tokenizer(self.config.query_prompt, add_special_tokens=False)["input_ids"]
+        start = torch.tensor([start], device=device).expand(batch, -1)
+        ends = self.backbone.generation_config.eos_token_id
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        ends = sorted({i for i in ends if i is not None} | set(self._line_end_ids) | set(self._special_ids))
+        pad = self._pad_id()
+        generation_config = GenerationConfig(
+            # One more than is kept: a token's state exists once the token after it is asked for.
+            max_new_tokens=self.config.max_query_tokens + 1,
+            min_new_tokens=1,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+            output_hidden_states=True,
+        )
+        input_ids = torch.cat((prefill.input_ids, start), dim=1)
+        mask = torch.cat((prefill.attention_mask, torch.ones_like(start)), dim=1)
+        output = self.backbone.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            past_key_values=prefill.past_key_values,
+            generation_config=generation_config,
+        )
+        steps = [
+            torch.stack([step[i] for i in self.config.hidden_state_layers], dim=2) for step in output.hidden_states
+        ]
+        hidden_states = torch.cat([prefill.hidden_states, *steps], dim=1)
+        written = output.sequences[:, length + start.shape[1] :][:, : self.config.max_query_tokens]
+        written = written[:, : hidden_states.shape[1] - length - start.shape[1]]
+        real = (~torch.isin(written, torch.tensor(ends, device=device))).long().cumprod(1)
+        input_ids = torch.cat((input_ids, written), dim=1)
+        mask = torch.cat((mask, real), dim=1)
+        queries = [row[keep.bool()].tolist() for row, keep in zip(written, real, strict=True)]
+        return Prefill(input_ids, mask, hidden_states[:, : input_ids.shape[1]]), queries
+
+    @torch.no_grad()
+    def embed_prefilled(self, prefill: Prefill, mode: str | None = None) -> NativeRetrievalOutput:
+        """The query vectors of prompts that have been prefilled. In `generated` mode the cache is used up."""
+        mode = self._check_mode(mode)
+        readout_mask, queries = None, None
+        prompt_tokens = prefill.input_ids.shape[1]
+        if mode == "generated":
+            prefill, queries = self.write_queries(prefill)
+            # A query can come out empty; the end of the query prompt is then what there is to read.
+            query_start = prompt_tokens + len(
+                self.tokenizer(self.config.query_prompt, add_special_tokens=False)["input_ids"]
+            )
+            readout_mask = prefill.attention_mask.bool().clone()
+            readout_mask[:, :query_start] = False
+            readout_mask[~readout_mask.any(1), query_start - 1] = True
+        output = self(prefill.input_ids, prefill.attention_mask, readout_mask, prefill.hidden_states)
+        output.query_ids = queries
+        return output
+
+    # -- conversations to vectors -------------------------------------------------------------------------------------
+
+    def embed_query(
+        self,
+        queries: str | Conversation | list[str] | list[Conversation],
+        *,
+        mode: str | None = None,
+        batch_size: int = 32,
+        return_cache: bool = False,
+        return_attributions: bool = False,
+    ) -> torch.Tensor | NativeRetrievalOutput:
+        """
+        Query vectors in the teacher's space.
+
+        Args:
+            queries: a question, a list of questions, a conversation (a list of messages `{"role", "content"}`, ending
+                on any role), or a list of conversations.
+            mode (`"context"` or `"generated"`, *optional*): defaults to `config.query_mode`.
+            batch_size (`int`): prompts in one pass; they are sorted by length, so that little of it is padding.
+            return_cache (`bool`): also return the prompts' KV cache, token ids and mask, for `generate`. All prompts
+                then go through in one batch.
+            return_attributions (`bool`): also return each token's weight in the copy path, in one batch as well.
+
+        Returns:
+            `torch.FloatTensor` of shape `(queries, embedding_dim)`, L2-normalised; or a [`NativeRetrievalOutput`].
+
+        Raises:
+            `ValueError`: for malformed input, naming it.
+        """
+        mode = self._check_mode(mode)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        conversations = _as_conversations(queries)
+        prompts = [self.build_prompt(conversation) for conversation in conversations]
+        if return_cache or return_attributions:
+            if not prompts:
+                raise ValueError("queries is empty; a cache or attributions need at least one conversation")
+            prefill = self.prefill(*self._pad(prompts))
+            cache = prefill.past_key_values if return_cache else None
+            if return_cache and mode == "generated":  # writing a query uses a cache up; the caller's stays the prompt's
+                prefill.past_key_values = copy.deepcopy(cache)
+            output = self.embed_prefilled(prefill, mode)
+            if return_cache:
+                output.past_key_values = cache
+                output.input_ids, output.attention_mask = prefill.input_ids, prefill.attention_mask
+            return output
+        vectors = torch.empty(len(prompts), self.config.embedding_dim)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for begin in range(0, len(order), batch_size):
+            rows = order[begin : begin + batch_size]
+            prefill = self.prefill(*self._pad([prompts[i] for i in rows]), use_cache=mode == "generated")
+            vectors[rows] = self.embed_prefilled(prefill, mode).query_embeddings.float().cpu()
+        return vectors
+
+    def build_prompt(self, conversation: Conversation) -> list[int]:
+        """One conversation to token ids; see the function [`build_prompt`]."""
+        tokenizer = self.tokenizer  # read first: loading it sets the special tokens
+        return build_prompt(tokenizer, conversation, self.config.max_prompt_tokens, self._special_tokens)
+
+    def _pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left padding: `(input_ids, attention_mask)`, both `(batch, tokens)`, on the backbone's device."""
+        width = max(len(prompt) for prompt in prompts)
+        input_ids = torch.full((len(prompts), width), self._pad_id())
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            attention_mask[row, width - len(prompt) :] = 1
+        return input_ids.to(self.backbone.device), attention_mask.to(self.backbone.device)
+
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else (self.tokenizer.eos_token_id or 0)
+
+    def _check_mode(self, mode: str | None) -> str:
+        mode = self.config.query_mode if mode is None else mode
+        if mode not in QUERY_MODES:
+            raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(QUERY_MODES)}")
+        return mode
+
+
+def _as_conversations(queries) -> list[Conversation]:
+    if isinstance(queries, str):
+        queries = [queries]
+    if not isinstance(queries, (list, tuple)):
+        raise ValueError(f"queries is a {type(queries).__name__}; give a string, a conversation, or a list of either")
+    if queries and all(isinstance(query, dict) for query in queries):
+        queries = [queries]
+    if all(isinstance(query, str) for query in queries):
+        for i, query in enumerate(queries):
+            if not query.strip():
+                raise ValueError(f"query {i} is empty; give a question")
+        return [[{"role": "user", "content": query}] for query in queries]
+    if any(isinstance(query, (str, dict)) for query in queries):
+        raise ValueError("queries mixes strings, messages and conversations; give a list of one kind")
+    for i, query in enumerate(queries):
+        check_messages(query, f"conversation {i}")
+    return list(queries)
+
+
+def _spelling(tokenizer, token_id: int) -> str:
+    return tokenizer.decode([token_id]).strip() or "."
+
+
+NativeRetrievalModel.register_for_auto_class("AutoModel")
+__all__ = ["NativeRetrievalModel", "NativeRetrievalOutput", "Prefill", "ProjectionHead", "CopyPath", "build_prompt"]

@@ -1,0 +1,250 @@
+"""The teacher's document index: documents, FAISS file and `index.json`, in one directory.
+
+FAISS is used through the integration that `datasets` ships. `index.json` says which teacher's vectors lie in the index:
+a model trained towards another teacher gets an error instead of noise.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import datasets
+import faiss
+import numpy as np
+
+from .teacher import same_teacher
+
+FORMAT_VERSION = 1
+INDEX_NAME = "vectors"
+REQUIRED_COLUMNS = ("_id", "title", "text")
+NORM_TOLERANCE = 1e-2  # lets half-precision vectors pass
+
+
+class IndexMismatchError(ValueError):
+    """An index does not belong to the model, or its files do not belong together."""
+
+
+class DocumentIndex:
+    """Documents and their vectors, searched exactly by inner product (cosine, as the vectors have length 1).
+
+    Make one with `DocumentIndex.build` or `DocumentIndex.load`.
+
+    Attributes:
+        documents: the documents, memory-mapped, with columns `_id`, `title`, `text`; row i has vector i.
+        info: the content of `index.json`: `format_version`, `teacher_name`, `teacher_fingerprint`, `dimension`,
+            `metric`, `num_documents`, `checksum` (sha256 of the FAISS file).
+    """
+
+    def __init__(self, documents: datasets.Dataset, info: dict[str, Any]) -> None:
+        self.documents = documents
+        self.info = info
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The document ids, in row order."""
+        return list(self.documents["_id"])
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @classmethod
+    def build(
+        cls,
+        documents: datasets.Dataset,
+        vectors: np.ndarray,
+        teacher_fingerprint: str,
+        teacher_name: str,
+        output_dir: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+    ) -> "DocumentIndex":
+        """Writes an index and loads it. The directory appears complete or not at all.
+
+        Args:
+            documents: columns `_id` (unique), `title`, `text`.
+            vectors: `(num_documents, dimension)`, float32, L2-normalised, row i for document i.
+            teacher_fingerprint: which vectors these are, see `teacher.py`.
+            teacher_name: the teacher's name, for people.
+            output_dir: the index directory.
+            overwrite: replace the index that stands in `output_dir`.
+
+        Raises:
+            ValueError: documents or vectors that do not fit; the message names the document.
+            FileExistsError: `output_dir` is not empty, and holds no index or `overwrite` is off.
+        """
+        target = Path(output_dir)
+        _check_target(target, overwrite)
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        _check_documents(documents, vectors)
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+            staging, replaced = Path(temporary, "new"), Path(temporary, "old")
+            documents.save_to_disk(staging / "documents")
+            stored = datasets.load_from_disk(staging / "documents")
+            stored.add_faiss_index_from_external_arrays(vectors, INDEX_NAME, metric_type=faiss.METRIC_INNER_PRODUCT)
+            stored.save_faiss_index(INDEX_NAME, staging / "index.faiss")
+            info = {
+                "format_version": FORMAT_VERSION,
+                "teacher_name": teacher_name,
+                "teacher_fingerprint": teacher_fingerprint,
+                "dimension": vectors.shape[1],
+                "metric": "inner_product",
+                "num_documents": len(documents),
+                "checksum": _sha256(staging / "index.faiss"),
+            }
+            (staging / "index.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+            if target.exists():
+                os.replace(target, replaced)
+            try:
+                os.replace(staging, target)
+            except OSError:
+                if replaced.exists():
+                    os.replace(replaced, target)
+                raise
+        return cls.load(target)
+
+    @classmethod
+    def load(cls, index_dir: str | os.PathLike[str]) -> "DocumentIndex":
+        """Opens an index and checks that it is whole.
+
+        Raises:
+            FileNotFoundError: a part of the index is missing.
+            IndexMismatchError: the parts do not belong together, or another version wrote them.
+        """
+        path = Path(index_dir)
+        for part in ("index.json", "index.faiss", "documents"):
+            if not (path / part).exists():
+                raise FileNotFoundError(
+                    f"{path} has no {part}, wanted index.json, index.faiss and documents/; "
+                    "pass a directory that DocumentIndex.build wrote, or build it again."
+                )
+        info = json.loads((path / "index.json").read_text(encoding="utf-8"))
+        if info["format_version"] != FORMAT_VERSION:
+            _mismatch(f"{path}/index.json: format_version", info["format_version"], FORMAT_VERSION)
+        checksum = _sha256(path / "index.faiss")
+        if checksum != info["checksum"]:
+            _mismatch(f"{path}/index.faiss: truncated or changed, sha256", checksum[:12], info["checksum"][:12])
+        documents = datasets.load_from_disk(path / "documents")
+        if len(documents) != info["num_documents"]:
+            _mismatch(f"{path}/documents: number of rows", len(documents), info["num_documents"])
+        documents.load_faiss_index(INDEX_NAME, path / "index.faiss")
+        return cls(documents, info)
+
+    def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest documents of every query.
+
+        Args:
+            vectors: `(num_queries, dimension)`, L2-normalised for cosine scores.
+            k: documents a query; more than the index holds gives all of them.
+
+        Returns:
+            `scores`, float32, descending, and `rows` of `documents`, int64, both `(num_queries, min(k, len(self)))`.
+
+        Raises:
+            ValueError: k below 1, another shape, or a vector that is zero or not finite.
+        """
+        if k < 1:
+            raise ValueError(f"k is {k}, wanted at least 1; ask for the number of documents that you want back.")
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        if vectors.ndim != 2 or vectors.shape[1] != self.info["dimension"]:
+            raise ValueError(
+                f"Query vectors have shape {vectors.shape}, wanted (num_queries, {self.info['dimension']}); "
+                f"encode the queries with a model of this index's teacher, {self.info['teacher_name']!r}."
+            )
+        norms = np.linalg.norm(vectors, axis=1)
+        bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+        if bad.size:
+            raise ValueError(
+                f"Query vector {bad[0]} has norm {norms[bad[0]]}, wanted a finite one above 0; "
+                "check that this query has text and that the model was trained."
+            )
+        if len(vectors) == 0:
+            empty = (0, min(k, len(self)))
+            return np.empty(empty, dtype=np.float32), np.empty(empty, dtype=np.int64)
+        scores, rows = self.documents.search_batch(INDEX_NAME, vectors, k=min(k, len(self)))
+        return scores, rows.astype(np.int64, copy=False)
+
+    def check_model(self, config: Any) -> None:
+        """Raises `IndexMismatchError` unless a model with this `NativeRetrievalConfig` may search this index."""
+        check_teacher(
+            self.info["teacher_fingerprint"],
+            self.info["teacher_name"],
+            config.teacher_fingerprint,
+            config.teacher_name_or_path,
+        )
+        if config.embedding_dim != self.info["dimension"]:
+            raise IndexMismatchError(
+                f"The model's embedding_dim is {config.embedding_dim}, wanted the index's {self.info['dimension']}; "
+                "take the model that was trained towards this index's teacher."
+            )
+
+
+def check_teacher(index_fingerprint: str, index_teacher: str, model_fingerprint: str, model_teacher: str) -> None:
+    """Raises `IndexMismatchError`, naming both teachers, if index and model learned from different ones."""
+    if not same_teacher(index_fingerprint, model_fingerprint):
+        raise IndexMismatchError(
+            f"The index holds vectors of teacher {index_teacher!r} (fingerprint {index_fingerprint}), but the model "
+            f"was trained towards {model_teacher!r} (fingerprint {model_fingerprint}), wanted the same; "
+            "build the index with the model's teacher, or take a model of the index's teacher."
+        )
+
+
+def _mismatch(what: str, seen: object, wanted: object) -> NoReturn:
+    raise IndexMismatchError(f"{what} is {seen}, wanted {wanted}; copy the whole directory again, or build it again.")
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / "index.json").exists():
+        raise FileExistsError(f"{target} exists and is no index, wanted a new or empty directory; pass another one.")
+    if not overwrite:
+        raise FileExistsError(
+            f"{target} already holds an index, wanted a new or empty directory; "
+            "pass another one, or overwrite=True to replace it."
+        )
+
+
+def _check_documents(documents: datasets.Dataset, vectors: np.ndarray) -> None:
+    missing = [column for column in REQUIRED_COLUMNS if column not in documents.column_names]
+    if missing:
+        raise ValueError(
+            f"Documents have the columns {documents.column_names}, wanted also {missing}; rename or add them."
+        )
+    if len(documents) == 0:
+        raise ValueError("There are 0 documents, wanted at least 1; check the corpus file.")
+    if vectors.ndim != 2 or len(vectors) != len(documents) or vectors.shape[1] == 0:
+        raise ValueError(
+            f"Document vectors have shape {vectors.shape}, wanted ({len(documents)}, dimension); "
+            "pass one vector a document, in the documents' order."
+        )
+    ids = list(documents["_id"])
+    seen: set[str] = set()
+    for row, doc_id in enumerate(ids):
+        if doc_id in seen:
+            raise ValueError(
+                f"Document id {doc_id!r} is used twice, the second time in row {row}, wanted once; "
+                "drop the duplicate or give it an id of its own."
+            )
+        seen.add(doc_id)
+    norms = np.linalg.norm(vectors, axis=1)
+    bad = np.flatnonzero(~(np.abs(norms - 1.0) <= NORM_TOLERANCE))
+    if bad.size:
+        row = int(bad[0])
+        raise ValueError(
+            f"The vector of document {ids[row]!r} (row {row}) has norm {norms[row]}, wanted 1; "
+            "L2-normalise the vectors, and check that this document has text."
+        )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,175 @@
+"""Retrieval measures over ir-measures, and the statistics that compare two methods.
+
+A *run* is `{query_id: {doc_id: score}}`, *qrels* are `{query_id: {doc_id: relevance}}`; relevance 1 and above is relevant.
+
+**Ties.** ir-measures hands `R` and `nDCG` to trec_eval (equal scores: larger document id first, scores compared in
+float32) and `RR` with a cutoff to the MS MARCO script (equal scores: *smaller* document id first). Duplicate documents
+do tie, so one run could have two orders. Every function here therefore fixes the order first, by score and then by
+document id, both descending (trec_eval's rule), and hands out scores that are all different.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import datasets
+import evaluate
+import ir_measures
+import numpy as np
+from ir_measures import RR, R, nDCG
+from scipy import stats
+
+Run = Mapping[str, Mapping[str, float]]
+Qrels = Mapping[str, Mapping[str, int]]
+
+MEASURES = {"recall@10": R @ 10, "mrr@10": RR @ 10, "ndcg@10": nDCG @ 10}
+
+
+def ranking(scores: Mapping[str, float]) -> list[str]:
+    """Document ids, best first; equal scores are ordered by document id, descending."""
+    return [doc_id for _, doc_id in sorted(((score, doc_id) for doc_id, score in scores.items()), reverse=True)]
+
+
+def _check(run: Run, qrels: Qrels, query_ids: Sequence[str]) -> None:
+    if repeated := len(query_ids) - len(set(query_ids)):
+        raise ValueError(f"query_ids: {repeated} of {len(query_ids)} ids are repeated; pass every query id once.")
+    for query_id in query_ids:
+        if not any(relevance >= 1 for relevance in qrels.get(query_id, {}).values()):
+            raise ValueError(
+                f"Query {query_id!r} has no relevant document in the qrels, wanted at least one; "
+                "add its judgement or leave the query out of query_ids."
+            )
+        for doc_id, score in run.get(query_id, {}).items():
+            if math.isnan(score):
+                raise ValueError(
+                    f"Query {query_id!r}: the score of document {doc_id!r} is nan, wanted a number; "
+                    "look for an empty or zero vector on the way to the index."
+                )
+
+
+def per_query(run: Run, qrels: Qrels, query_ids: Sequence[str]) -> dict[str, list[float]]:
+    """Recall@10, MRR@10 and nDCG@10 of every query.
+
+    Args:
+        run: scores of the retrieved documents; a query that is missing or empty here counts as 0.
+        qrels: judgements; queries outside `query_ids` are ignored.
+        query_ids: the queries, each once; fixes the order of the result.
+
+    Returns:
+        `{"recall@10": [...], "mrr@10": [...], "ndcg@10": [...]}`, each list aligned to `query_ids`.
+
+    Raises:
+        ValueError: a query without a relevant document, a repeated query id, or a score that is nan.
+    """
+    _check(run, qrels, query_ids)
+    if not query_ids:
+        return {name: [] for name in MEASURES}
+    ordered = {
+        query_id: {doc_id: -float(place) for place, doc_id in enumerate(ranking(run[query_id]))}
+        for query_id in query_ids
+        if run.get(query_id)
+    }
+    judged = {query_id: dict(qrels[query_id]) for query_id in query_ids}
+    values = {
+        (str(metric.measure), metric.query_id): float(metric.value)
+        for metric in ir_measures.iter_calc(list(MEASURES.values()), judged, ordered)
+    }
+    return {name: [values[str(measure), query_id] for query_id in query_ids] for name, measure in MEASURES.items()}
+
+
+def ranks(run: Run, qrels: Qrels, query_ids: Sequence[str], cutoff: int = 1000) -> list[int | None]:
+    """1-based rank of the best-placed relevant document of every query, `None` past `cutoff`.
+
+    Takes the arguments of `per_query`, raises what it raises, and breaks ties in the same way.
+    """
+    _check(run, qrels, query_ids)
+    result: list[int | None] = []
+    for query_id in query_ids:
+        places = enumerate(ranking(run.get(query_id, {}))[:cutoff], start=1)
+        result.append(next((place for place, doc_id in places if qrels[query_id].get(doc_id, 0) >= 1), None))
+    return result
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """Difference `mean(a) - mean(b)` and its confidence interval, over the same queries.
+
+    The queries are resampled, and with each both of its values. The interval is the percentile one: BCa divides by the
+    spread of the differences and gives nan where all of them are equal, which two methods that agree on every query do.
+
+    Args:
+        a, b: one value a query, aligned.
+
+    Returns:
+        `(difference, low, high)`.
+
+    Raises:
+        ValueError: lengths that differ, or fewer than 2 queries.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"a has {len(a)} values and b has {len(b)}, wanted one a query in both; align them first.")
+    if len(a) < 2:
+        raise ValueError(f"An interval over {len(a)} queries does not exist, wanted at least 2; evaluate more queries.")
+    differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    interval = stats.bootstrap(
+        (differences,),
+        np.mean,
+        n_resamples=resamples,
+        batch=1000,  # bounds the memory: 1000 x queries numbers at a time
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(differences.mean()), float(interval.low), float(interval.high)
+
+
+def wins_ties_losses(a: Sequence[float], b: Sequence[float]) -> dict[str, int]:
+    """On how many queries `a` is above, equal to and below `b`."""
+    if len(a) != len(b):
+        raise ValueError(f"a has {len(a)} values and b has {len(b)}, wanted one a query in both; align them first.")
+    signs = np.sign(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64))
+    return {"wins": int((signs > 0).sum()), "ties": int((signs == 0).sum()), "losses": int((signs < 0).sum())}
+
+
+class RetrievalMetrics(evaluate.Metric):
+    """Mean recall@10, mrr@10 and ndcg@10 as an `evaluate.Metric`, one row a query; constructed directly, offline.
+
+    Example:
+
+        >>> metric = RetrievalMetrics()
+        >>> metric.add_batch(
+        ...     predictions=[{"doc_ids": ["d1", "d2"], "scores": [0.9, 0.3]}],
+        ...     references=[{"doc_ids": ["d2"], "relevances": [1]}],
+        ... )
+        >>> metric.compute()["mrr@10"]
+        0.5
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        strings = datasets.Sequence(datasets.Value("string"))
+        return evaluate.MetricInfo(
+            description="Recall@10, MRR@10 and nDCG@10 of a retrieval run, computed by ir-measures.",
+            citation="",
+            inputs_description=(
+                "predictions: retrieved documents of a query, {'doc_ids': [...], 'scores': [...]}, in any order; "
+                "references: its judged documents, {'doc_ids': [...], 'relevances': [...]}."
+            ),
+            features=datasets.Features(
+                {
+                    "predictions": {"doc_ids": strings, "scores": datasets.Sequence(datasets.Value("float64"))},
+                    "references": {"doc_ids": strings, "relevances": datasets.Sequence(datasets.Value("int64"))},
+                }
+            ),
+        )
+
+    def _compute(self, predictions: list[dict], references: list[dict]) -> dict[str, float]:
+        query_ids = [str(row) for row in range(len(predictions))]
+        run = {
+            query_id: dict(zip(row["doc_ids"], row["scores"], strict=True))
+            for query_id, row in zip(query_ids, predictions, strict=True)
+        }
+        qrels = {
+            query_id: dict(zip(row["doc_ids"], row["relevances"], strict=True))
+            for query_id, row in zip(query_ids, references, strict=True)
+        }
+        return {name: float(np.mean(values)) for name, values in per_query(run, qrels, query_ids).items()}

@@ -1,0 +1,224 @@
+"""The document index: round trip, exact search, and every way in which it refuses."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+
+from native_retrieval import index as index_module
+from native_retrieval.index import DocumentIndex, IndexMismatchError, check_teacher
+
+NUM_DOCUMENTS, DIMENSION = 40, 8
+
+
+def make_documents(num_documents: int = NUM_DOCUMENTS) -> datasets.Dataset:
+    rows = range(num_documents)
+    return datasets.Dataset.from_dict(
+        {"_id": [f"doc{row}" for row in rows], "title": ["" for _ in rows], "text": [f"text {row}" for row in rows]}
+    )
+
+
+def make_vectors(num_vectors: int = NUM_DOCUMENTS, seed: int = 0) -> np.ndarray:
+    vectors = np.random.default_rng(seed).normal(size=(num_vectors, DIMENSION)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def build(output_dir: Path, **changes) -> DocumentIndex:
+    arguments = {
+        "documents": make_documents(),
+        "vectors": make_vectors(),
+        "teacher_fingerprint": "1234abcd",
+        "teacher_name": "teacher-a",
+        "output_dir": output_dir,
+        **changes,
+    }
+    return DocumentIndex.build(**arguments)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    build(tmp_path / "index")
+    return tmp_path / "index"
+
+
+def assert_one_line(error: pytest.ExceptionInfo) -> None:
+    assert "\n" not in str(error.value)
+
+
+def test_round_trip(directory: Path):
+    index = DocumentIndex.load(directory)
+    assert len(index) == NUM_DOCUMENTS
+    assert index.ids == make_documents()["_id"][:]
+    assert index.documents[3] == make_documents()[3]
+    assert index.info["teacher_name"] == "teacher-a"
+    assert (index.info["dimension"], index.info["num_documents"]) == (DIMENSION, NUM_DOCUMENTS)
+    assert index.info == json.loads((directory / "index.json").read_text())
+    assert sorted(part.name for part in directory.iterdir()) == ["documents", "index.faiss", "index.json"]
+    assert [part.name for part in directory.parent.iterdir()] == ["index"], "nothing temporary is left"
+
+
+def test_search_is_exact(directory: Path):
+    queries = make_vectors(5, seed=1)
+    similarities = queries @ make_vectors().T
+    scores, rows = DocumentIndex.load(directory).search(queries, k=7)
+    assert (scores.dtype, rows.dtype, scores.shape, rows.shape) == (np.float32, np.int64, (5, 7), (5, 7))
+    np.testing.assert_array_equal(rows, np.argsort(-similarities, axis=1)[:, :7])
+    np.testing.assert_allclose(scores, np.take_along_axis(similarities, rows, axis=1), rtol=1e-5, atol=1e-6)
+
+
+def test_every_document_finds_itself_and_batching_changes_nothing(directory: Path):
+    index, vectors = DocumentIndex.load(directory), make_vectors()
+    scores, rows = index.search(vectors, k=1)
+    np.testing.assert_array_equal(rows[:, 0], np.arange(NUM_DOCUMENTS))
+    np.testing.assert_allclose(scores, 1.0, atol=1e-5)
+    np.testing.assert_array_equal(np.vstack([index.search(vector[None], k=1)[1] for vector in vectors]), rows)
+
+
+def test_k_is_clamped_and_no_queries_are_fine(directory: Path):
+    index = DocumentIndex.load(directory)
+    _, rows = index.search(make_vectors(2), k=10_000)
+    assert [sorted(row) for row in rows.tolist()] == [list(range(NUM_DOCUMENTS))] * 2
+    scores, rows = index.search(np.empty((0, DIMENSION), dtype=np.float32), k=3)
+    assert scores.shape == rows.shape == (0, 3)
+
+
+def test_selected_documents_keep_their_rows(tmp_path: Path):
+    index = build(tmp_path / "index", documents=make_documents().select([7, 2, 30]), vectors=make_vectors(3))
+    assert index.ids == ["doc7", "doc2", "doc30"]
+    assert index.search(make_vectors(3), k=1)[1].ravel().tolist() == [0, 1, 2]
+
+
+def test_half_precision_vectors_and_any_memory_order_pass(tmp_path: Path):
+    vectors = np.asfortranarray(make_vectors().astype(np.float16))
+    _, rows = build(tmp_path / "index", vectors=vectors).search(np.asfortranarray(make_vectors(4)), k=1)
+    assert rows.ravel().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, 3.0])
+def test_bad_document_vector_names_the_document(tmp_path: Path, value: float):
+    vectors = make_vectors()
+    vectors[5] = value
+    with pytest.raises(ValueError, match=r"'doc5' \(row 5\) has norm .*wanted 1") as error:
+        build(tmp_path / "index", vectors=vectors)
+    assert_one_line(error)
+    assert not list(tmp_path.iterdir()), "nothing half-written is left"
+
+
+@pytest.mark.parametrize("shape", [(NUM_DOCUMENTS - 1, DIMENSION), (NUM_DOCUMENTS,), (NUM_DOCUMENTS, 0)])
+def test_document_vectors_of_the_wrong_shape(tmp_path: Path, shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match=rf"wanted \({NUM_DOCUMENTS}, dimension\)") as error:
+        build(tmp_path / "index", vectors=np.ones(shape, dtype=np.float32))
+    assert_one_line(error)
+
+
+def test_bad_documents(tmp_path: Path):
+    doubled = datasets.concatenate_datasets([make_documents(3), make_documents(1)])
+    with pytest.raises(ValueError, match="'doc0' is used twice, the second time in row 3") as error:
+        build(tmp_path / "index", documents=doubled, vectors=make_vectors(4))
+    assert_one_line(error)
+    with pytest.raises(ValueError, match=r"wanted also \['title'\]"):
+        build(tmp_path / "index", documents=make_documents().remove_columns("title"))
+    with pytest.raises(ValueError, match="0 documents"):
+        build(tmp_path / "index", documents=make_documents(0), vectors=make_vectors(0))
+
+
+def test_missing_parts(directory: Path):
+    (directory / "index.faiss").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no index\.faiss, wanted"):
+        DocumentIndex.load(directory)
+    (directory / "index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no index\.json, wanted") as error:
+        DocumentIndex.load(directory)
+    assert_one_line(error)
+
+
+def test_truncated_faiss_file(directory: Path):
+    file = directory / "index.faiss"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(IndexMismatchError, match=r"index\.faiss: truncated or changed.*build it again") as error:
+        DocumentIndex.load(directory)
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize(("key", "value"), [("format_version", 99), ("num_documents", 41)])
+def test_index_json_that_does_not_fit(directory: Path, key: str, value: int):
+    info = json.loads((directory / "index.json").read_text())
+    (directory / "index.json").write_text(json.dumps(info | {key: value}))
+    with pytest.raises(IndexMismatchError, match=f"{value}") as error:
+        DocumentIndex.load(directory)
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_bad_query_vector_names_the_row(directory: Path, value: float):
+    queries = make_vectors(4)
+    queries[2] = value
+    with pytest.raises(ValueError, match="Query vector 2 has norm") as error:
+        DocumentIndex.load(directory).search(queries, k=1)
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize("shape", [(2, DIMENSION + 1), (DIMENSION,)])
+def test_query_vectors_of_the_wrong_shape(directory: Path, shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match=rf"wanted \(num_queries, {DIMENSION}\).*'teacher-a'") as error:
+        DocumentIndex.load(directory).search(np.ones(shape, dtype=np.float32), k=1)
+    assert_one_line(error)
+
+
+def test_k_below_one(directory: Path):
+    with pytest.raises(ValueError, match="k is 0, wanted at least 1"):
+        DocumentIndex.load(directory).search(make_vectors(1), k=0)
+
+
+def test_overwriting(directory: Path):
+    with pytest.raises(FileExistsError, match="overwrite=True") as error:
+        build(directory)
+    assert_one_line(error)
+    build(directory, documents=make_documents(3), vectors=make_vectors(3), overwrite=True)
+    assert len(DocumentIndex.load(directory)) == 3
+    assert [part.name for part in directory.parent.iterdir()] == ["index"]
+
+
+def test_a_directory_that_is_no_index_is_never_replaced(tmp_path: Path):
+    (tmp_path / "precious.txt").write_text("keep me")
+    with pytest.raises(FileExistsError, match="is no index"):
+        build(tmp_path, overwrite=True)
+    assert (tmp_path / "precious.txt").read_text() == "keep me"
+
+
+def test_an_empty_directory_is_filled(tmp_path: Path):
+    (tmp_path / "index").mkdir()
+    assert len(build(tmp_path / "index")) == NUM_DOCUMENTS
+
+
+def test_a_build_that_fails_leaves_the_old_index(directory: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(path: Path) -> str:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index_module, "_sha256", fail)
+        with pytest.raises(OSError, match="disk full"):
+            build(directory, documents=make_documents(3), vectors=make_vectors(3), overwrite=True)
+    assert len(DocumentIndex.load(directory)) == NUM_DOCUMENTS
+    assert [part.name for part in directory.parent.iterdir()] == ["index"]
+
+
+def test_other_teacher_is_refused_naming_both(directory: Path):
+    index = DocumentIndex.load(directory)
+    fingerprint = index.info["teacher_fingerprint"]
+    model = {"teacher_fingerprint": fingerprint, "teacher_name_or_path": "teacher-a", "embedding_dim": DIMENSION}
+    index.check_model(SimpleNamespace(**model))
+    with pytest.raises(IndexMismatchError, match=rf"embedding_dim is 9, wanted the index's {DIMENSION}") as error:
+        index.check_model(SimpleNamespace(**model | {"embedding_dim": 9}))
+    assert_one_line(error)
+
+
+def test_check_teacher(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(index_module, "same_teacher", lambda a, b: a == b)
+    check_teacher("aa", "teacher-a", "aa", "a/mirror/of/teacher-a")
+    with pytest.raises(IndexMismatchError, match="'teacher-a'.*'teacher-b'") as error:
+        check_teacher("aa", "teacher-a", "bb", "teacher-b")
+    assert_one_line(error)

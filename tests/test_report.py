@@ -1,0 +1,166 @@
+"""Results, tables, figures and failures, on made-up runs."""
+
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+
+from native_retrieval.report import (
+    METHOD_ORDER,
+    build_result,
+    environment,
+    failures,
+    markdown_table,
+    plot_by_turn,
+    plot_quality_latency,
+    print_table,
+    write_json,
+)
+
+NUM_QUERIES = 24
+
+
+def make_run(places: list[int | None]) -> dict[str, dict[str, float]]:
+    """A run in which query i finds its document at places[i]; `None`: not at all."""
+    run = {}
+    for number, place in enumerate(places):
+        run[f"q{number}"] = {f"x{other:03d}": -float(other) for other in range(1, 41) if other != place}
+        if place is not None:
+            run[f"q{number}"][f"d{number}"] = -float(place)
+    return run
+
+
+def make_result(**places: list[int | None]) -> dict:
+    generator = np.random.default_rng(0)
+    if not places:
+        places = {name: generator.integers(1, 25, NUM_QUERIES).tolist() for name in reversed(METHOD_ORDER)}
+    num_queries = len(next(iter(places.values())))
+    return build_result(
+        dataset="slice",
+        split="test",
+        query_ids=[f"q{number}" for number in range(num_queries)],
+        turns=[1 + number % 10 for number in range(num_queries)],
+        num_documents=4000,
+        command="python eval.py --data [slice]",
+        runs={name: make_run(its) for name, its in places.items()},
+        qrels={f"q{number}": {f"d{number}": 1} for number in range(num_queries)},
+        latencies={name: [1.0, 2.0, 30.0] for name in places if name != "human-rewrite"},
+    )
+
+
+def test_numbers_follow_from_the_ranks():
+    places = {"generate-then-encode": [1, 11, None, 4], "native-probe": [2, 10, 30, None]}
+    result = make_result(**places)
+    probe, baseline = result["methods"]["native-probe"], result["methods"]["generate-then-encode"]
+    assert {name: values["ranks"] for name, values in result["methods"].items()} == places
+    assert probe["recall@10"] == 0.5
+    assert probe["mrr@10"] == pytest.approx((1 / 2 + 1 / 10) / 4)
+    assert probe["wins_ties_losses"] == {"wins": 1, "ties": 2, "losses": 1}
+    difference, low, high = probe["delta"]["recall@10"]
+    assert low <= difference == probe["recall@10"] - baseline["recall@10"] <= high
+    assert baseline["delta"] == {name: [0.0, 0.0, 0.0] for name in ("recall@10", "mrr@10", "ndcg@10")}
+    assert probe["latency_ms"] == {"p50": 2.0, "p95": pytest.approx(27.2)}
+    assert result["turns"] == [1, 2, 3, 4]
+
+
+def test_methods_stand_in_one_order_and_new_ones_last():
+    result = make_result(mine=[1, 2], **{"native-probe": [1, 2], "human-rewrite": [1, 1]})
+    assert list(result["methods"]) == ["human-rewrite", "native-probe", "mine"]
+    assert list(make_result()["methods"]) == list(METHOD_ORDER)
+
+
+def test_without_baseline_there_is_no_comparison():
+    result = make_result(**{"native-probe": [1, 2]})
+    assert result["methods"]["native-probe"]["delta"] is None
+    assert result["methods"]["native-probe"]["wins_ties_losses"] is None
+    assert "native-probe" in markdown_table(result)
+
+
+def test_turns_must_match():
+    with pytest.raises(ValueError, match="1 turns for 2 queries"):
+        build_result("d", "test", ["a", "b"], [1], 1, "", {}, {}, {})
+
+
+def test_environment_names_no_machine():
+    seen = json.dumps(environment())
+    assert "/" not in seen.replace("sentence-transformers", "")
+    assert set(environment()) >= {"python", "torch", "transformers", "sentence-transformers", "faiss", "cpu_count"}
+
+
+def test_json_round_trip_with_lists_on_one_line(tmp_path: Path):
+    result, path = make_result(), tmp_path / "results" / "slice.json"
+    write_json(result, path)
+    write_json(result, path)
+    text = path.read_text(encoding="utf-8")
+    assert json.loads(text) == result
+    assert len(re.findall(r'^ +"ranks": \[.*\],?$', text, flags=re.MULTILINE)) == len(METHOD_ORDER)
+    assert re.search(r'^  "query_ids": \["q0", .*\],$', text, flags=re.MULTILINE)
+    assert [file.name for file in path.parent.iterdir()] == ["slice.json"]
+
+
+def test_json_leaves_strings_alone_and_refuses_nan(tmp_path: Path):
+    awkward = {"a": ["[\n 1,\n 2\n]", "x ]"], "b": [[1, 2], [3]], "c": [], "d": "[ 1 ]"}
+    write_json(awkward, tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text()) == awkward
+    with pytest.raises(ValueError, match="JSON"):
+        write_json({"a": float("nan")}, tmp_path / "b.json")
+    assert not (tmp_path / "b.json").exists()
+
+
+@pytest.mark.parametrize("columns", ["100", "120"])
+def test_printed_table_is_plain_and_whole(capsys: pytest.CaptureFixture[str], monkeypatch, columns: str):
+    monkeypatch.setenv("COLUMNS", columns)
+    result = make_result()
+    print_table(result)
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 120
+    positions = [printed.index(f"\n {method} ") for method in METHOD_ORDER]
+    assert positions == sorted(positions)
+    for values in result["methods"].values():
+        assert f"{values['recall@10']:.3f}" in printed
+
+
+def test_printed_table_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    print_table(make_result())
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "…" not in printed
+    assert "+question" in printed
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_markdown_table_bolds_the_best_deployable_value():
+    result = make_result(
+        **{"human-rewrite": [1, 1], "generate-then-encode": [1, 30], "native-context": [2, 2], "native-probe": [3, 2]}
+    )
+    lines = markdown_table(result).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    rows = {line.split("|")[1].strip(): line for line in lines[2:]}
+    assert "**" not in rows["human-rewrite"]
+    assert rows["native-context"].count("| **1.000** |") == 1, "ties are bold in both rows"
+    assert rows["native-probe"].count("| **1.000** |") == 1
+    assert "| **0.500** |" in rows["generate-then-encode"], "its MRR is the best"
+    assert rows["generate-then-encode"].count("| – ") == 3
+
+
+def test_failures_are_the_largest_losses_first():
+    result = make_result(**{"generate-then-encode": [1, 1, 5, 2, None], "native-probe": [2, None, 5, 3, 1]})
+    assert failures(result, "generate-then-encode", "native-probe") == [1, 0, 3]
+    assert failures(result, "generate-then-encode", "native-probe", n=1) == [1]
+    assert failures(result, "native-probe", "native-probe") == []
+
+
+@pytest.mark.parametrize("plot", [plot_by_turn, plot_quality_latency])
+@pytest.mark.parametrize("one_method", [False, True])
+def test_figures_are_pngs_and_leave_matplotlib_alone(tmp_path: Path, plot, one_method: bool):
+    before = dict(matplotlib.rcParams)
+    plot(make_result(**{"native-probe": [1, 20]}) if one_method else make_result(), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert dict(matplotlib.rcParams) == before
