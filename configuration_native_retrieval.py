@@ -97,15 +97,15 @@ class NativeRetrievalConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", False))
         if self.hidden_state_layers is None:
             self.hidden_state_layers = sorted({round(depth * share) for share in (0.15, 0.3, 0.5, 0.7, 0.9)})
-        if self.copy_layer is None:
+        if self.copy_layer is None and self.hidden_state_layers:
             self.copy_layer = self.hidden_state_layers[len(self.hidden_state_layers) // 2]
+        # A query prompt is a few words; 32 tokens are ample.
+        longest = max((getattr(text, "max_position_embeddings", None) or 2048) - self.max_query_tokens - 32, 1)
         if self.max_prompt_tokens is None:
-            context = getattr(text, "max_position_embeddings", None) or 2048
-            # A query prompt is a few words; 32 tokens are ample.
-            self.max_prompt_tokens = max(context - self.max_query_tokens - 32, 1)
-        self._check(depth)
+            self.max_prompt_tokens = longest
+        self._check(depth, longest)
 
-    def _check(self, depth: int) -> None:
+    def _check(self, depth: int, longest: int) -> None:
         def need(condition: bool, message: str) -> None:
             if not condition:
                 raise ValueError(f"NativeRetrievalConfig: {message}")
@@ -124,6 +124,11 @@ class NativeRetrievalConfig(PreTrainedConfig):
             "copy_head_dim",
         ):
             need(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        need(
+            self.max_prompt_tokens <= longest,
+            f"max_prompt_tokens={self.max_prompt_tokens} leaves no room for a query of {self.max_query_tokens} tokens in "
+            f"the backbone's context; at most {longest}",
+        )
         for name in ("head_num_layers", "copy_num_heads"):
             need(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         need(0.0 <= self.head_dropout < 1.0, f"head_dropout={self.head_dropout} must lie in [0, 1)")

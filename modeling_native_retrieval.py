@@ -47,20 +47,26 @@ def check_messages(messages: Conversation, name: str = "conversation") -> None:
             raise ValueError(f"{name}, message {i}: {message!r:.80} is not a message; give {{'role', 'content'}}")
         if message["role"] not in ROLES:
             raise ValueError(f"{name}, message {i}: unknown role {message['role']!r}; use one of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
+        if not isinstance(message.get("content"), str) and not (
+            message.get("content") is None and message.get("tool_calls")  # an agent that called a tool and said nothing
+        ):
             kind = type(message.get("content")).__name__
             raise ValueError(f"{name}, message {i}: content is a {kind}; give a string")
-    if messages[-1]["role"] == "user" and not messages[-1]["content"].strip():
+    if messages[-1]["role"] == "user" and not _text(messages[-1]):
         raise ValueError(f"{name}: the last turn, message {len(messages) - 1}, is empty; give the user's question")
-    if not any(message["content"].strip() for message in messages if message["role"] != "system"):
+    if not any(_text(message) for message in messages if message["role"] != "system"):
         raise ValueError(f"{name} has no text in any turn; give at least one turn with text")
+
+
+def _text(message: Message) -> str:
+    return (message["content"] or "").strip()
 
 
 def merge_turns(messages: Conversation) -> Conversation:
     """Drops empty turns and joins neighbours of one role: real logs have both, and some chat templates refuse them."""
     merged: Conversation = []
     for message in messages:
-        if not message["content"].strip():
+        if not _text(message):
             continue
         if merged and merged[-1]["role"] == message["role"]:
             merged[-1]["content"] += "\n" + message["content"]
@@ -93,7 +99,8 @@ def _render(tokenizer, messages: Conversation) -> str:
         try:
             return tokenizer.apply_chat_template(_user_and_assistant_only(messages), **arguments)
         except Exception:
-            raise ValueError(f"the tokenizer's chat template refuses this conversation: {refused}") from refused
+            reason = " ".join(str(refused).split())
+            raise ValueError(f"the tokenizer's chat template refuses this conversation: {reason}") from refused
 
 
 def build_prompt(tokenizer, messages: Conversation, max_tokens: int, special_tokens: Sequence[str] = ()) -> list[int]:
@@ -211,6 +218,7 @@ class CopyPath(nn.Module):
     """
 
     NUM_SEGMENTS = 64
+    BIAS_SCALE = 20.0  # the biases are logits: at a head's learning rate they would hardly move by one in an epoch
 
     def __init__(self, config: NativeRetrievalConfig):
         super().__init__()
@@ -250,8 +258,8 @@ class CopyPath(nn.Module):
         queries = self.query(summary).view(batch, self.num_heads, -1)
         queries = torch.einsum("bnd,ndh->bnh", queries, self.key) * self.key.shape[1] ** -0.5
         scores = torch.einsum("bnh,bth->bnt", queries, states)
-        scores = scores + self.segment_bias(segments.clamp(max=self.NUM_SEGMENTS - 1)).transpose(1, 2)
-        scores = scores + self.token_salience(input_ids).transpose(1, 2)
+        bias = self.segment_bias(segments.clamp(max=self.NUM_SEGMENTS - 1)) + self.token_salience(input_ids)
+        scores = scores + self.BIAS_SCALE * bias.transpose(1, 2)
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
         # A row with nothing to copy would otherwise spread its weight over padding.
         weights = scores.softmax(-1) * mask.any(1)[:, None, None]
@@ -336,11 +344,16 @@ class NativeRetrievalModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, CopyPath):
+        if isinstance(module, ProjectionHead):
+            init.zeros_(module.skip.weight)
+            if self.config.copy_num_heads:  # training starts from the words, and learns what to add to them
+                init.zeros_(module.linear_out.weight)
+        elif isinstance(module, CopyPath):
             init.normal_(module.key, std=0.02)
             init.constant_(module.gain, 1.0 / module.num_heads)
             init.zeros_(module.segment_bias.weight)
             init.zeros_(module.token_salience.weight)
+            init.zeros_(module.state_value.weight)
 
     @classmethod
     def from_backbone(
@@ -375,8 +388,20 @@ class NativeRetrievalModel(PreTrainedModel):
                 f"{backbone.config.get_text_config().vocab_size}; give the backbone's own tokenizer"
             )
         if teacher is not None:
-            vectors = torch.as_tensor(teacher.encode([_spelling(tokenizer, i) for i in range(len(tokenizer))]))
-            config_fields.setdefault("embedding_dim", vectors.shape[1])
+            spellings = [tokenizer.decode([i]).strip() or "." for i in range(len(tokenizer))]
+            vectors = torch.as_tensor(teacher.encode(spellings)).float()
+            if config_fields.setdefault("embedding_dim", vectors.shape[1]) != vectors.shape[1]:
+                raise ValueError(
+                    f"the teacher's vectors have {vectors.shape[1]} dimensions, embedding_dim is "
+                    f"{config_fields['embedding_dim']}; leave embedding_dim out to take the teacher's"
+                )
+            norms = vectors.norm(dim=1)
+            bad = (~(torch.isfinite(norms) & (norms > 0))).nonzero()
+            if len(bad):
+                i = int(bad[0])
+                raise ValueError(
+                    f"the teacher gives token {i} ({spellings[i]!r}) a zero or non-finite vector; check it"
+                )
         # A copy: a composite config sets the attention implementation of its parts, and this one is in use.
         text_config = copy.deepcopy(backbone.config)
         config = NativeRetrievalConfig(text_config=text_config, dtype=backbone.dtype, **config_fields)
@@ -386,19 +411,18 @@ class NativeRetrievalModel(PreTrainedModel):
             if part is not None:
                 part.float()
         if teacher is not None and model.copy_path is not None:
-            if vectors.shape[1] != config.embedding_dim:
-                raise ValueError(
-                    f"the teacher's vectors have {vectors.shape[1]} dimensions, embedding_dim is "
-                    f"{config.embedding_dim}; leave embedding_dim out to take the teacher's"
-                )
             with torch.no_grad():
-                model.copy_path.token_values.weight[: len(vectors)] = vectors.float()
+                model.copy_path.token_values.weight[: len(vectors)] = vectors
         return model.to(backbone.device)
 
     # -- load and save ------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        if kwargs.get("config") is None and os.path.isdir(pretrained_model_name_or_path):
+            path = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder", ""), "config.json")
+            if not os.path.isfile(path):  # transformers would build a default model of several billion weights
+                raise OSError(f"{path} does not exist; give the directory of a saved NativeRetrievalModel")
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
@@ -459,9 +483,16 @@ class NativeRetrievalModel(PreTrainedModel):
         self.backbone.eval()  # frozen: dropout in it would only blur the features
         return self
 
-    def generate(self, *args, **kwargs):
-        """The backbone's own `generate`. Takes `past_key_values` from `embed_query(..., return_cache=True)`."""
-        return self.backbone.generate(*args, **kwargs)
+    def generate(self, input_ids: torch.LongTensor | None = None, **kwargs):
+        """
+        The backbone's own `generate`. Takes `past_key_values` from `embed_query(..., return_cache=True)`, with the
+        tokens that the cache was made of and any that follow.
+        """
+        cache = kwargs.get("past_key_values")
+        if cache is not None and input_ids is not None and cache.get_seq_length() == input_ids.shape[1]:
+            # To name the next token, the backbone must see the last one, which the cache already holds.
+            cache.crop(-1)
+        return self.backbone.generate(input_ids, **kwargs)
 
     # -- hidden states to vectors -------------------------------------------------------------------------------------
 
@@ -500,12 +531,12 @@ class NativeRetrievalModel(PreTrainedModel):
         if not readout_mask.any(1).all():
             raise ValueError("readout_mask leaves a row without a token to read; mark at least one in each")
 
-        hidden_states = hidden_states.to(self.head.linear_in.weight.dtype)
+        dtype = self.head.linear_in.weight.dtype  # the head's own, often finer than the backbone's
         # The newest `width` tokens to read, in order, whichever side the padding is on.
         order = torch.where(readout_mask, torch.arange(input_ids.shape[1], device=input_ids.device), -1)
         order = order.topk(min(width, input_ids.shape[1]), dim=1).values.flip(1)
         read = hidden_states[torch.arange(len(order), device=order.device)[:, None], order.clamp(min=0)]
-        vectors, summary = self.head(read, order >= 0)
+        vectors, summary = self.head(read.to(dtype), order >= 0)
 
         attributions = None
         if self.copy_path is not None:
@@ -513,7 +544,9 @@ class NativeRetrievalModel(PreTrainedModel):
             first = real & (real.cumsum(1) == 1)  # the attention sink
             segments = special.flip(1).cumsum(1).flip(1)
             states = hidden_states[:, :, self.config.hidden_state_layers.index(self.config.copy_layer)]
-            copied, attributions = self.copy_path(summary, states, input_ids, real & ~special & ~first, segments)
+            copied, attributions = self.copy_path(
+                summary, states.to(dtype), input_ids, real & ~special & ~first, segments
+            )
             vectors = vectors + copied
         return NativeRetrievalOutput(
             query_embeddings=F.normalize(vectors, dim=-1),
@@ -529,11 +562,20 @@ class NativeRetrievalModel(PreTrainedModel):
         """One pass of prompts `(batch, tokens)` through the backbone, without its language-model head."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        longest = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
+        if longest and input_ids.shape[1] > longest:
+            raise ValueError(
+                f"a prompt of {input_ids.shape[1]} tokens is longer than the backbone's context of {longest}; "
+                "lower max_prompt_tokens"
+            )
+        cache = DynamicCache(config=self.backbone.config) if use_cache else None
+        if cache is not None:
+            cache.activate_past_recording()  # sliding windows could not be cropped otherwise
         output = self.backbone.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
-            past_key_values=DynamicCache(config=self.backbone.config) if use_cache else None,
+            past_key_values=cache,
             use_cache=use_cache,
             output_hidden_states=True,
         )
@@ -594,7 +636,7 @@ class NativeRetrievalModel(PreTrainedModel):
         prompt_tokens = prefill.input_ids.shape[1]
         if mode == "generated":
             prefill, queries = self.write_queries(prefill)
-            # A query can come out empty; the end of the query prompt is then what there is to read.
+            # A query of nothing but a line end is empty; the end of the query prompt is then what there is to read.
             query_start = prompt_tokens + len(
                 self.tokenizer(self.config.query_prompt, add_special_tokens=False)["input_ids"]
             )
@@ -702,10 +744,6 @@ def _as_conversations(queries) -> list[Conversation]:
     for i, query in enumerate(queries):
         check_messages(query, f"conversation {i}")
     return list(queries)
-
-
-def _spelling(tokenizer, token_id: int) -> str:
-    return tokenizer.decode([token_id]).strip() or "."
 
 
 NativeRetrievalModel.register_for_auto_class("AutoModel")

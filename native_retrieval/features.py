@@ -16,6 +16,8 @@ import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
 
+IN_MEMORY_BYTES = 2**30
+
 
 def shared_prefixes(sequences: Sequence[Sequence[int]]) -> tuple[list[int], np.ndarray]:
     """
@@ -23,6 +25,8 @@ def shared_prefixes(sequences: Sequence[Sequence[int]]) -> tuple[list[int], np.n
 
     Sorted, a prefix stands right before a sequence that it begins.
     """
+    if not sequences:
+        return [], np.empty(0, dtype=np.int64)
     order = sorted(range(len(sequences)), key=lambda i: list(sequences[i]))
     whole: list[int] = []
     host = np.empty(len(sequences), dtype=np.int64)
@@ -76,21 +80,34 @@ class FeatureStore:
 
         text = model.config.text_config.get_text_config()
         shape = (int(begins[-1]), len(model.config.hidden_state_layers), text.hidden_size)
-        path = Path(cache_dir) / f"features-{_key(model, sequences)}.npy"
-        if not path.exists():
-            batches = _batches(lengths, tokens_per_batch)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            needed = int(np.prod(shape)) * 2
-            free = shutil.disk_usage(path.parent).free
-            if needed > free:
-                raise OSError(
-                    f"hidden states need {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} GB free; "
-                    "free some, set another cache_dir, or train with online_features"
-                )
-            with FileLock(path.with_suffix(".lock")):  # a second process waits here, and then finds the file
-                if not path.exists():
-                    _fill(model, [sequences[i] for i in whole], begins, batches, path, shape, progress)
-        return cls(np.load(path, mmap_mode="r"), starts, own_lengths)
+        key = _key(model, sequences, model.config.hidden_state_layers, str(model.backbone.dtype))
+        path = Path(cache_dir) / f"features-{key}.npy"
+        if not len(whole):
+            return cls(np.empty(shape, dtype=np.int16), starts, own_lengths)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # a second process waits here, and then finds the file
+            states = _open(path, shape)
+            if states is None:
+                needed, free = int(np.prod(shape)) * 2, shutil.disk_usage(path.parent).free
+                if needed > free:
+                    raise OSError(
+                        f"hidden states need {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} GB free; "
+                        "free some, set another cache_dir, or train with online_features"
+                    )
+                batches = _batches(lengths, tokens_per_batch)
+                _fill(model, [sequences[i] for i in whole], begins, batches, path, shape, progress)
+                states = _open(path, shape)
+        # A small one is read into memory: some systems are quick to drop pages of a map.
+        return cls(np.array(states) if states.nbytes < IN_MEMORY_BYTES else states, starts, own_lengths)
+
+
+def _open(path: Path, shape: tuple[int, ...], mode: str = "r") -> np.ndarray | None:
+    """The array on disk, mapped; None if it is not there or not whole."""
+    try:
+        array = np.load(path, mmap_mode=mode)
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    return array if array.shape == shape else None
 
 
 def _batches(lengths: np.ndarray, tokens_per_batch: int) -> list[list[int]]:
@@ -104,10 +121,11 @@ def _batches(lengths: np.ndarray, tokens_per_batch: int) -> list[list[int]]:
 
 
 def _fill(model, sequences, begins, batches, path: Path, shape: tuple, progress: str) -> None:
+    partial, done_file = path.with_suffix(".partial.npy"), path.with_suffix(".partial.json")
     done = 0
-    if partial.exists() and done_file.exists():
+    states = _open(partial, shape, "r+") if done_file.exists() else None
+    if states is not None:
         done = json.loads(done_file.read_text())["batches"]
-        states = np.lib.format.open_memmap(partial, mode="r+")
     else:
         states = np.lib.format.open_memmap(partial, mode="w+", dtype=np.int16, shape=shape)
     total = sum(len(sequences[i]) for batch in batches for i in batch)
@@ -133,8 +151,35 @@ def _write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _key(model, sequences) -> str:
-    digest = hashlib.sha256(json.dumps([model.config.hidden_state_layers, str(model.backbone.dtype)]).encode())
+def cached_queries(model, prompts: Sequence[Sequence[int]], cache_dir: str | os.PathLike, batch_size: int = 32):
+    """
+    The search query, as token ids, that the frozen backbone writes after each prompt; kept on disk as it is written.
+
+    Returns:
+        `list[list[int]]`, in the order of `prompts`.
+    """
+    key = _key(model, prompts, str(model.backbone.dtype), model.config.query_prompt, model.config.max_query_tokens)
+    path = Path(cache_dir) / f"queries-{key}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        try:
+            written: dict[str, list[int]] = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            written = {}
+        order = [i for i in np.argsort([len(prompt) for prompt in prompts], kind="stable") if str(i) not in written]
+        with tqdm(total=len(prompts), initial=len(written), desc="Queries by the backbone", unit="query") as bar:
+            for begin in range(0, len(order), batch_size):
+                rows = order[begin : begin + batch_size]
+                prefill = model.prefill(*model._pad([list(prompts[i]) for i in rows]))
+                written.update(zip(map(str, rows), model.write_queries(prefill)[1], strict=True))
+                bar.update(len(rows))
+                if (begin // batch_size) % 10 == 9 or begin + batch_size >= len(order):
+                    _write_atomically(path, json.dumps(written))
+    return [written[str(i)] for i in range(len(prompts))]
+
+
+def _key(model, sequences, *settings) -> str:
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for name, weight in model.backbone.state_dict().items():  # a sample of every weight tells backbones apart
         sample = weight.flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy()
         digest.update(name.encode() + sample.tobytes())

@@ -83,6 +83,11 @@ def contrastive_loss(
             )
         excluded |= positive_ids[None, :] == positive_ids[own, None]
         if known_positives is not None:
+            if known_positives.ndim != 2 or len(known_positives) != len(queries):
+                raise ValueError(
+                    f"contrastive_loss: known_positives {tuple(known_positives.shape)} must be ({len(queries)}, m), "
+                    "padded with -1"
+                )
             excluded |= (positive_ids[None, :, None] == known_positives[:, None, :]).any(-1)
     excluded[own, own] = False
     scores = scores.masked_fill(excluded, -torch.inf)
@@ -93,6 +98,11 @@ def contrastive_loss(
             )
         hard = torch.einsum("bd,bnd->bn", queries, F.normalize(negatives, dim=-1)) / temperature
         if negative_ids is not None:
+            if negative_ids.shape != negatives.shape[:2]:
+                raise ValueError(
+                    f"contrastive_loss: negative_ids {tuple(negative_ids.shape)} must be {tuple(negatives.shape[:2])}, "
+                    "one id for each negative"
+                )
             excluded = torch.zeros_like(hard, dtype=torch.bool)
             if positive_ids is not None:
                 excluded |= negative_ids == positive_ids[own, None]

@@ -66,12 +66,23 @@ class Teacher:
     def dimension(self) -> int:
         return self.model.get_embedding_dimension()
 
+    @property
+    def max_seq_length(self) -> int | None:
+        """Tokens of a text that the teacher reads; the rest is cut off."""
+        return self.model.max_seq_length
+
+    @property
+    def tokenizer(self):
+        return self.model.tokenizer
+
     @cached_property
     def fingerprint(self) -> str:
         """256 bits, hexadecimal: the signs of 32 coordinates of each of 8 fixed sentences, about their mean."""
         vectors = self.encode(list(FINGERPRINT_SENTENCES))
         if vectors.shape[1] < 32:
-            raise ValueError(f"the teacher {self.name_or_path!r} has {vectors.shape[1]} dimensions; at least 32 are needed")
+            raise ValueError(
+                f"the teacher {self.name_or_path!r} has {vectors.shape[1]} dimensions; at least 32 are needed"
+            )
         bits = (vectors - vectors.mean(0))[:, :32] > 0
         return np.packbits(bits.ravel()).tobytes().hex()
 
@@ -145,7 +156,7 @@ def cached_array(cache_dir: Path | None, name: str, compute) -> np.ndarray:
     path = cache_dir / f"{name}.npy"
     try:
         return np.load(path, mmap_mode="r")
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, EOFError):
         pass
     array = compute()
     cache_dir.mkdir(parents=True, exist_ok=True)

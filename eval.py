@@ -1,0 +1,370 @@
+r"""
+Compares ways from a conversation to documents on one split of a data set, and says what each costs.
+
+The first evaluation of a model that `train.py` wrote; the index is built from the data's corpus and kept for the next:
+
+    python eval.py \
+        --model outputs/qrecc \
+        --data data/qrecc \
+        --split test \
+        --output results/qrecc-test.json
+
+With figures, with the queries that the backbone wrote, and with an index of your own:
+
+    python eval.py \
+        --model outputs/qrecc \
+        --data data/qrecc \
+        --split test \
+        --index indexes/qrecc \
+        --output results/qrecc-test.json \
+        --figures results/figures \
+        --save_queries
+
+A few methods only, without timing them:
+
+    python eval.py \
+        --model outputs/qrecc \
+        --data data/qrecc \
+        --split dev \
+        --output results/qrecc-dev.json \
+        --methods generate-then-encode native-context \
+        --latency_queries 0
+
+The methods:
+
+    human-rewrite                  the teacher on a question that a human wrote so that it stands alone: the upper line
+    last-question                  the teacher on the last user message
+    full-history                   the teacher on as many of the newest turns as its context takes
+    generate-then-encode           the backbone writes a query, the teacher encodes it: the baseline, two models
+    generate-then-encode+question  the same, with the last question appended
+    bm25-last-question             BM25 on the last user message
+    bm25-full-history              BM25 on the whole conversation
+    native-generated               the head on the hidden states of the query that the backbone writes: one model
+    native-context                 the head on the hidden states of the prompt: one model, and no query is written
+
+Milliseconds run from the finished prefill to the query vector, one query at a time. Search in the index, the same for
+every vector, is left out; BM25 has no vector, so its number is the scoring of all documents.
+
+The result (`--output`) holds every method's measures, its difference to the baseline with a 95% interval, the latency
+and the rank of the first relevant document of each query. Bad input ends in one line on stderr and exit code 2.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import shlex
+import sys
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from transformers import HfArgumentParser
+
+from native_retrieval.pipelines import METHODS, Comparison
+
+# What takes seconds to import is imported where it is used, so that --help and a mistyped flag answer at once.
+if TYPE_CHECKING:
+    from modeling_native_retrieval import NativeRetrievalModel
+    from native_retrieval.data import Task
+    from native_retrieval.index import DocumentIndex
+    from native_retrieval.teacher import Teacher
+
+
+@dataclass
+class EvalArguments:
+    model: str = field(metadata={"help": "Directory or Hub id of a model that train.py wrote."})
+    data: str = field(
+        metadata={"help": "Folder, or Hub id, of corpus, queries and qrels; see native_retrieval/data.py."}
+    )
+    output: str = field(metadata={"help": "The JSON file to write, such as results/qrecc-test.json."})
+    split: str = field(default="test", metadata={"help": "The split: the name of a file in qrels/."})
+    index: str | None = field(
+        default=None,
+        metadata={"help": "Index directory of the data's corpus; built, and kept in cache_dir, if absent."},
+    )
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS),
+        metadata={"help": "Which of the methods above to compare; all if absent."},
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Embedding model of the index, by name or path; the model's own if absent."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Prompts in one pass of the backbone."})
+    latency_queries: int = field(
+        default=30, metadata={"help": "Queries to time, evenly spaced over the split; 0 times none."}
+    )
+    figures: str | None = field(
+        default=None,
+        metadata={"help": "Directory for two figures: quality by depth of the conversation, quality against latency."},
+    )
+    save_queries: bool = field(
+        default=False, metadata={"help": "Put the queries that the backbone wrote into the result."}
+    )
+    cache_dir: str = field(
+        default=".cache/native_retrieval", metadata={"help": "Where the teacher's vectors and built indexes are kept."}
+    )
+    debug: bool = field(default=False, metadata={"help": "Show the traceback of an error."})
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            if name not in METHODS:
+                raise ValueError(
+                    f"--methods: {name!r} is unknown{_nearest(name, METHODS)}; there are {', '.join(METHODS)}"
+                )
+        self.methods = list(dict.fromkeys(self.methods))
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size is {self.batch_size}, wanted at least 1")
+        if self.latency_queries < 0:
+            raise ValueError(f"--latency_queries is {self.latency_queries}, wanted 0 or more")
+        if self.save_queries and "generate-then-encode" not in self.methods:
+            raise ValueError("--save_queries needs generate-then-encode among --methods, which writes the queries")
+        if Path(self.output).suffix != ".json":
+            raise ValueError(f"--output is {self.output!r}, wanted a file that ends in .json")
+        if Path(self.output).is_dir():
+            raise ValueError(
+                f"--output: {self.output} is a directory; name a file in it, such as {self.output}/test.json"
+            )
+        # Now, and not after an hour of work.
+        for flag, directory in (
+            ("output", Path(self.output).parent),
+            ("figures", self.figures),
+            ("cache_dir", self.cache_dir),
+        ):
+            if directory is not None:
+                _check_writable(flag, Path(directory))
+
+
+def _check_writable(flag: str, directory: Path) -> None:
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--{flag}: {existing} is a file, wanted a directory; name another place")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"--{flag}: {existing} cannot be written to; name another place")
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """The docstring as it stands, and the defaults of flags where they say something."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        plain = action.default is None or action.dest in ("methods", "debug", "save_queries")
+        return action.help if plain else super()._get_help_string(action)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:  # argparse would print the whole usage first
+        raise ValueError(message)
+
+
+def parse(argv: list[str]) -> EvalArguments:
+    """Raises `ValueError`, in one line, for flags and values that cannot be used."""
+    parser = _Parser(
+        EvalArguments, prog="eval.py", description=__doc__, formatter_class=_HelpFormatter, allow_abbrev=False
+    )
+    # Before parsing: argparse would complain about the required flag that a mistyped one leaves unset.
+    known = ["--help", *(f"--{argument.name}" for argument in fields(EvalArguments))]
+    for word in argv:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag.replace("-", "_") not in [name.replace("-", "_") for name in known]:
+            raise ValueError(f"unknown flag {flag}{_nearest(flag, known)}; python eval.py --help lists all")
+    arguments, unused = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unused:
+        raise ValueError(f"{unused[0]!r} belongs to no flag; python eval.py --help lists all")
+    return arguments
+
+
+def _nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def load_model(name_or_path: str) -> "NativeRetrievalModel":
+    """The model in eval mode, on the GPU if there is one."""
+    import torch
+    from safetensors import SafetensorError
+
+    from modeling_native_retrieval import NativeRetrievalModel
+
+    wanted = NativeRetrievalModel.config_class.model_type
+    try:
+        config, _ = NativeRetrievalModel.config_class.get_config_dict(name_or_path)
+        # Looked at first: from a directory of another kind, or without a config, a huge random model would be made.
+        seen = config.get("model_type")
+        if seen == wanted:
+            model = NativeRetrievalModel.from_pretrained(name_or_path)
+            model.tokenizer  # noqa: B018, loaded when first read: a damaged one is found before the work begins
+    except (ValueError, OSError, SafetensorError) as error:
+        where = "" if Path(name_or_path).exists() else "is no directory, and "
+        raise ValueError(f"--model: {name_or_path} {where}cannot be loaded: {error}") from error
+    if seen != wanted:
+        raise ValueError(
+            f"--model: {name_or_path} holds a model of type {seen!r}, wanted {wanted!r}; "
+            "name a directory that train.py wrote"
+        )
+    if not model.config.teacher_fingerprint or not model.config.teacher_name_or_path:
+        raise ValueError(
+            f"--model: {name_or_path} does not say which teacher it was trained towards (teacher_name_or_path, "
+            "teacher_fingerprint); train it with train.py"
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_teacher(arguments: EvalArguments, model: "NativeRetrievalModel") -> "Teacher":
+    from native_retrieval.teacher import Teacher, same_teacher
+
+    name = arguments.teacher or model.config.teacher_name_or_path
+    revision = None if arguments.teacher else model.config.teacher_revision
+    teacher = Teacher(name, revision=revision, cache_dir=arguments.cache_dir)
+    if not same_teacher(teacher.fingerprint, model.config.teacher_fingerprint):
+        raise ValueError(
+            f"the teacher {name!r} has the fingerprint {teacher.fingerprint}, but the model was trained towards "
+            f"{model.config.teacher_name_or_path!r} with {model.config.teacher_fingerprint}; pass that one as --teacher"
+        )
+    return teacher
+
+
+def open_index(directory: str, task: "Task", model: "NativeRetrievalModel") -> "DocumentIndex":
+    """The index of `--index`. Raises `ValueError` if it is another teacher's, or lacks documents of the qrels."""
+    from native_retrieval.index import DocumentIndex
+
+    index = DocumentIndex.load(directory)
+    index.check_model(model.config)
+    judged = {document for judgements in task.qrels.values() for document, score in judgements.items() if score > 0}
+    if missing := sorted(judged.difference(index.ids)):
+        raise ValueError(
+            f"--index: {len(missing):,} of the {len(judged):,} documents relevant in {task.name} ({task.split}) are "
+            f"not in {directory}, {missing[0]!r} among them; leave --index out to build the index of this data"
+        )
+    return index
+
+
+def cached_index(cache_dir: str, task: "Task", teacher: "Teacher") -> "DocumentIndex":
+    """The index of the task's corpus, from the cache; built first if it is not there or damaged."""
+    from native_retrieval.index import DocumentIndex, IndexMismatchError
+
+    digest = hashlib.sha256(teacher.fingerprint.encode())
+    for batch in task.corpus.iter(batch_size=10_000):
+        digest.update(json.dumps([batch["_id"], batch["title"], batch["text"]]).encode())
+    directory = Path(cache_dir, f"index-{digest.hexdigest()[:24]}")
+    if (directory / "index.json").exists():
+        try:
+            return DocumentIndex.load(directory)
+        except (IndexMismatchError, FileNotFoundError):
+            print(f"the cached index {directory} is damaged, and is built again", file=sys.stderr)
+    vectors = teacher.documents(task.corpus)
+    return DocumentIndex.build(
+        task.corpus, vectors, teacher.fingerprint, teacher.name_or_path, directory, overwrite=True
+    )
+
+
+def choose_methods(methods: list[str], task: "Task") -> list[str]:
+    """Without human-rewrite, and a note, unless every query has a rewrite."""
+    lacking = sum(not rewrite.strip() for rewrite in task.queries["rewrite"])
+    if "human-rewrite" in methods and lacking:
+        methods = [name for name in methods if name != "human-rewrite"]
+        note = f"human-rewrite is left out: {lacking:,} of the {len(task.queries):,} queries have no rewrite"
+        if not methods:
+            raise ValueError(f"{note}, and no other method is asked for")
+        print(note, file=sys.stderr)
+    return methods
+
+
+def evaluate(arguments: EvalArguments, command: str) -> dict[str, Any]:
+    """Runs the comparison and returns the result as `report.build_result` makes it."""
+    from transformers.utils import logging
+
+    from native_retrieval.data import load_task
+
+    logging.set_verbosity_error()
+    task = load_task(arguments.data, arguments.split)
+    if len(task.queries) < 2:
+        raise ValueError(f"{arguments.data}, split {arguments.split!r}: {len(task.queries)} queries, wanted at least 2")
+    methods = choose_methods(arguments.methods, task)
+    model = load_model(arguments.model)
+    # Opened before the teacher is loaded, which can take long.
+    index = open_index(arguments.index, task, model) if arguments.index else None
+    teacher = load_teacher(arguments, model)
+    if index is None:
+        index = cached_index(arguments.cache_dir, task, teacher)
+
+    from native_retrieval.report import build_result
+
+    comparison = Comparison(model, teacher, index, task.queries, methods, arguments.batch_size)
+    result = build_result(
+        task.name,
+        task.split,
+        comparison.query_ids,
+        list(task.queries["turn"]),
+        len(index),
+        command,
+        comparison.runs(),
+        task.qrels,
+        comparison.latencies(arguments.latency_queries),
+    )
+    result["environment"]["device"] = _device_name(model)
+    result["environment"]["dtype"] = str(model.backbone.dtype).removeprefix("torch.")
+    if arguments.save_queries:
+        result["methods"]["generate-then-encode"]["queries"] = comparison.backbone_pass.queries
+    return result
+
+
+def _device_name(model: "NativeRetrievalModel") -> str:
+    import torch
+
+    device = model.backbone.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        arguments = parse(argv)
+        result = evaluate(arguments, shlex.join(["python", "eval.py", *argv]))
+        write(arguments, result)
+    except (ValueError, OSError) as error:
+        if "--debug" in argv:
+            raise
+        print(f"eval.py: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write(arguments: EvalArguments, result: dict[str, Any]) -> None:
+    from native_retrieval.report import plot_by_turn, plot_quality_latency, print_table, write_json
+
+    write_json(result, arguments.output)
+    print_table(result)
+    if arguments.latency_queries:
+        print(
+            f"Milliseconds from the finished prefill to the query vector, one query at a time, over "
+            f"{min(arguments.latency_queries, result['num_queries'])} queries; the index search, the same for all "
+            "vectors, is left out, and BM25's number is its scoring."
+        )
+    print(f"Written: {arguments.output}")
+    if arguments.figures:
+        folder, stem = Path(arguments.figures), Path(arguments.output).stem
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_by_turn(result, folder / f"{stem}-by-turn.png")
+        print(f"Written: {folder / f'{stem}-by-turn.png'}")
+        if arguments.latency_queries:
+            plot_quality_latency(result, folder / f"{stem}-quality-latency.png")
+            print(f"Written: {folder / f'{stem}-quality-latency.png'}")
+
+
+def _one_line(error: Exception) -> str:
+    from native_retrieval.data import DataError
+
+    if isinstance(error, DataError):  # one line, or one for each bad row
+        return f"{error.source}: {error.problems[0]}" if len(error.problems) == 1 else str(error)
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("eval.py: interrupted; what the teacher has encoded is kept, and no result was written")

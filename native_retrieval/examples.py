@@ -1,0 +1,190 @@
+"""What the Trainer sees of a query: its tokens, the backbone's states, the teacher's vectors and ranking.
+
+Everything here is either memory-mapped or a row number into something that is, so that a training process never holds a
+corpus or its features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from modeling_native_retrieval import NativeRetrievalModel
+
+from .features import FeatureStore, cached_queries
+from .teacher import Teacher
+
+
+@dataclass
+class RetrievalExamples(torch.utils.data.Dataset):
+    """
+    One query mode's view of a set of queries.
+
+    Args:
+        sequences (`list[list[int]]`): the tokens of each prompt, in `generated` mode with the written query behind it.
+        num_read (`list[int]`): how many tokens at the end the head reads.
+        targets (`np.ndarray` of shape `(queries, dim)`): the teacher's vectors that alignment draws towards.
+        documents (`np.ndarray` of shape `(documents, dim)`): the teacher's vectors of the corpus.
+        positives (`list[list[int]]`): rows of `documents` that are relevant; empty for plain text.
+        ranking (`np.ndarray` of shape `(queries, k)`, *optional*): rows of the teacher's nearest documents.
+        hard_negatives (`np.ndarray` of shape `(queries, n)`, *optional*): rows of near documents that are not relevant.
+        store (`FeatureStore`, *optional*): the backbone's states; without it the model computes them in each step.
+        id_offset (`int`): tells the documents of several corpora apart.
+        name (`str`): of the data set, for metrics.
+    """
+
+    sequences: list[list[int]]
+    num_read: list[int]
+    targets: np.ndarray
+    documents: np.ndarray
+    positives: list[list[int]]
+    ranking: np.ndarray | None = None
+    hard_negatives: np.ndarray | None = None
+    store: FeatureStore | None = None
+    id_offset: int = 0
+    name: str = ""
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(sequence) for sequence in self.sequences]
+
+    def __getitem__(self, i: int) -> dict:
+        positives = self.positives[i]
+        item = {
+            "index": i,
+            "input_ids": self.sequences[i],
+            "num_read": self.num_read[i],
+            "target": self.targets[i],
+            # Plain text has no document: it is its own positive.
+            "positive": self.documents[positives[0]] if positives else self.targets[i],
+            "positive_ids": [self.id_offset + row for row in positives] or [self.id_offset + len(self.documents) + i],
+        }
+        if self.store is not None:
+            item["hidden_states"] = self.store[i]
+        if self.ranking is not None:
+            item["ranking"] = self.documents[self.ranking[i]]
+        if self.hard_negatives is not None:
+            item["negatives"] = self.documents[self.hard_negatives[i]]
+            item["negative_ids"] = self.id_offset + self.hard_negatives[i]
+        return item
+
+
+def collate(items: Sequence[dict]) -> dict[str, torch.Tensor]:
+    """A batch, padded on the left; the keys are the arguments of `NativeRetrievalTrainer.compute_loss`."""
+    width = max(len(item["input_ids"]) for item in items)
+    batch = {
+        "index": torch.tensor([item["index"] for item in items]),
+        "input_ids": torch.zeros(len(items), width, dtype=torch.long),
+        "attention_mask": torch.zeros(len(items), width, dtype=torch.long),
+        "readout_mask": torch.zeros(len(items), width, dtype=torch.bool),
+        "targets": torch.from_numpy(np.stack([item["target"] for item in items])),
+        "positives": torch.from_numpy(np.stack([item["positive"] for item in items])),
+    }
+    known = max(len(item["positive_ids"]) for item in items)
+    batch["positive_ids"] = torch.full((len(items), known), -1)
+    with_states = "hidden_states" in items[0]
+    if with_states:
+        shape = items[0]["hidden_states"].shape[1:]
+        batch["hidden_states"] = torch.zeros(len(items), width, *shape, dtype=items[0]["hidden_states"].dtype)
+    for row, item in enumerate(items):
+        length = len(item["input_ids"])
+        batch["input_ids"][row, -length:] = torch.tensor(item["input_ids"])
+        batch["attention_mask"][row, -length:] = 1
+        batch["readout_mask"][row, -min(item["num_read"], length) :] = True
+        batch["positive_ids"][row, : len(item["positive_ids"])] = torch.tensor(item["positive_ids"])
+        if with_states:
+            batch["hidden_states"][row, -length:] = item["hidden_states"]
+    # Rows without a ranking, or with fewer documents than others, are marked, so that a mixture makes one batch.
+    for key in ("ranking", "negatives"):
+        if any(key in item for item in items):
+            size = max(len(item.get(key, ())) for item in items)
+            dim = batch["targets"].shape[1]
+            batch[key] = torch.zeros(len(items), size, dim)
+            batch[f"{key}_mask"] = torch.zeros(len(items), size, dtype=torch.bool)
+            for row, item in enumerate(items):
+                if key in item:
+                    batch[key][row, : len(item[key])] = torch.from_numpy(np.asarray(item[key]))
+                    batch[f"{key}_mask"][row, : len(item[key])] = True
+    if "negatives" in batch:
+        batch["negative_ids"] = torch.full(batch["negatives"].shape[:2], -1)
+        for row, item in enumerate(items):
+            if "negative_ids" in item:
+                batch["negative_ids"][row, : len(item["negative_ids"])] = torch.from_numpy(item["negative_ids"])
+    return batch
+
+
+def last_question(messages: Sequence[dict]) -> str:
+    """The last user turn's text, or the last turn's where no user has spoken."""
+    texts = [m["content"] for m in messages if m["role"] == "user" and m["content"].strip()]
+    return texts[-1] if texts else [m["content"] for m in messages if m["content"].strip()][-1]
+
+
+def build_examples(
+    model: NativeRetrievalModel,
+    teacher: Teacher,
+    queries: Dataset,
+    corpus: Dataset | None,
+    mode: str,
+    *,
+    cache_dir: str,
+    online_features: bool = False,
+    gold_share: float = 0.0,
+    rank_top_k: int = 128,
+    num_hard_negatives: int = 0,
+    id_offset: int = 0,
+    name: str = "",
+) -> RetrievalExamples:
+    """
+    Queries with messages to training (or dev) examples, everything costly read from `cache_dir` or computed into it.
+
+    A query's target is the teacher's vector of, first that exists: its human rewrite; the query the backbone writes
+    (known in `generated` mode) with the last question behind it; the last question.
+
+    Args:
+        gold_share (`float`): how far the target moves from the query's vector towards its first relevant document's.
+        num_hard_negatives (`int`): documents near the target, from the teacher's ranking, that are not relevant.
+    """
+    prompts = [model.build_prompt(messages) for messages in queries["messages"]]
+    texts = [rewrite or last_question(m) for rewrite, m in zip(queries["rewrite"], queries["messages"], strict=True)]
+    if mode == "generated":
+        written = cached_queries(model, prompts, cache_dir)
+        start = model.tokenizer(model.config.query_prompt, add_special_tokens=False)["input_ids"]
+        sequences = [[*prompt, *start, *query] for prompt, query in zip(prompts, written, strict=True)]
+        num_read = [max(1, len(query)) for query in written]
+        decoded = [model.tokenizer.decode(query).strip() for query in written]
+        texts = [
+            rewrite or f"{query} {text}".strip()
+            for rewrite, query, text in zip(queries["rewrite"], decoded, texts, strict=True)
+        ]
+    else:
+        sequences, num_read = prompts, [model.config.num_context_tokens] * len(prompts)
+    targets = np.asarray(teacher.cached(texts, "query", f"Teacher: targets of {name}"))
+    examples = RetrievalExamples(
+        sequences, num_read, targets, targets[:0], [[] for _ in prompts], id_offset=id_offset, name=name
+    )
+    if corpus is not None:
+        examples.documents = teacher.documents(corpus)
+        rows = {document_id: row for row, document_id in enumerate(corpus["_id"])}
+        examples.positives = [[rows[document_id] for document_id in gold] for gold in queries["gold"]]
+        if gold_share:
+            gold = np.stack(
+                [examples.documents[p[0]] if p else t for p, t in zip(examples.positives, targets, strict=True)]
+            )
+            mixed = (1 - gold_share) * targets + gold_share * gold
+            examples.targets = mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
+        examples.ranking = teacher.ranking(examples.targets, examples.documents, rank_top_k)
+        if num_hard_negatives:
+            examples.hard_negatives = np.stack(
+                [
+                    ranked[~np.isin(ranked, positives)][:num_hard_negatives]
+                    for ranked, positives in zip(examples.ranking, examples.positives, strict=True)
+                ]
+            )
+    if not online_features:
+        examples.store = FeatureStore.build(model, sequences, cache_dir, progress=f"Hidden states: {name}, {mode}")
+    return examples

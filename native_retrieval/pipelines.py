@@ -1,0 +1,376 @@
+"""The methods that `eval.py` compares: each turns the queries of a split into a run, and one query into milliseconds.
+
+    text of the conversation ── teacher ──────────────────▶ vector ─┐
+    prefill ── query written by the backbone ── teacher ──▶ vector ─┼─▶ the same index ──▶ {query: {document: score}}
+    prefill ── head ──────────────────────────────────────▶ vector ─┘
+    text of the conversation ── BM25 ─────────────────────────────────▶ {query: {document: score}}
+
+Quality is computed in batches sorted by length. Time is taken apart from it, one query at a time, as an agent would
+have it: the clock runs from the finished prefill, which the agent pays for in any case, to the query vector. Search in
+the index is the same work for every vector, and is in none of the numbers. BM25 has no vector: its number is the
+scoring of all documents, and so holds its search.
+"""
+
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+# For the type hints only: `eval.py` reads the methods' names from here before it loads anything heavy.
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from modeling_native_retrieval import NativeRetrievalModel, Prefill
+
+    from .index import DocumentIndex
+    from .metrics import Run
+    from .teacher import Teacher
+
+Messages = Sequence[dict[str, Any]]
+
+DEPTH = 1000  # documents that a run keeps of each query
+WARM_UP = 2  # queries that are run, and not counted, before the clock is read
+QUOTES = "\"'`“”‘’«»"
+
+
+# Conversation to text
+
+
+def turns(messages: Messages) -> list[str]:
+    """The contents of a conversation's turns, in order: system messages and empty turns are none."""
+    return [turn["content"].strip() for turn in messages if turn["role"] != "system" and turn["content"].strip()]
+
+
+def last_question(messages: Messages) -> str:
+    """The last user message with text in it; in a conversation without a user, its last turn."""
+    questions = [message for message in messages if message["role"] == "user" and message["content"].strip()]
+    return turns(questions or messages)[-1]
+
+
+def full_history(messages: Messages, count_tokens: Callable[[str], int], max_tokens: int | None) -> str:
+    """
+    As many of the newest turns as fit into `max_tokens`, joined by line ends in their order; older ones are dropped
+    whole. The last turn stays even if it alone is too long, and `None` is no limit.
+    """
+    *older, text = turns(messages)
+    for turn in reversed(older):
+        longer = f"{turn}\n{text}"
+        if max_tokens is not None and count_tokens(longer) > max_tokens:
+            break
+        text = longer
+    return text
+
+
+# The methods. `query(i, prefill)` is what the clock measures: the work for query i, after the prefill if it reads one.
+
+
+class TeacherOnText:
+    """The teacher encodes a text that is there already; choosing it is not timed."""
+
+    reads_prompt = False
+    writes_query = False
+    texts: list[str]
+
+    def __init__(self, name: str, comparison: "Comparison"):
+        self.name, self.comparison = name, comparison
+
+    def run(self) -> "Run":
+        vectors = self.comparison.teacher.cached(self.texts, "query", f"{self.name}: the teacher encodes")
+        return self.comparison.search(vectors)
+
+    def query(self, i: int, prefill: None = None) -> np.ndarray:
+        return self.comparison.teacher.encode([self.texts[i]])[0]
+
+
+class HumanRewrite(TeacherOnText):
+    """The upper line: the teacher on a question that a human wrote so that it stands alone."""
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return list(self.comparison.queries["rewrite"])
+
+
+class LastQuestion(TeacherOnText):
+    """The teacher on the last user message alone."""
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return self.comparison.last_questions
+
+
+class FullHistory(TeacherOnText):
+    """The teacher on as many of the newest turns as its context takes."""
+
+    @cached_property
+    def texts(self) -> list[str]:
+        teacher = self.comparison.teacher
+
+        def count_tokens(text: str) -> int:
+            return len(teacher.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+        return [
+            full_history(messages, count_tokens, teacher.max_seq_length)
+            for messages in tqdm(self.comparison.messages, desc=f"{self.name}: fitting the turns", unit="query")
+        ]
+
+
+class GenerateThenEncode(TeacherOnText):
+    """Two models: the backbone writes a query after the prefill, token by token, and the teacher encodes it."""
+
+    reads_prompt = True
+    writes_query = True
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return [self.text(i, written) for i, written in enumerate(self.comparison.backbone_pass.queries)]
+
+    def query(self, i: int, prefill: "Prefill") -> np.ndarray:
+        _, written = self.comparison.model.write_queries(prefill)
+        return self.comparison.teacher.encode([self.text(i, self.comparison.read_query(i, written[0]))])[0]
+
+    def text(self, i: int, written: str) -> str:
+        return written
+
+
+class GenerateThenEncodeWithQuestion(GenerateThenEncode):
+    """The same, and the last question behind the written query, so that no word of it is lost."""
+
+    def text(self, i: int, written: str) -> str:
+        return f"{written} {self.comparison.last_questions[i]}"
+
+
+class BM25:
+    """Words instead of vectors: bm25s over title and text, with English stemming and stop words."""
+
+    reads_prompt = False
+    writes_query = False
+    texts: list[str]
+
+    def __init__(self, name: str, comparison: "Comparison"):
+        self.name, self.comparison = name, comparison
+
+    def run(self) -> "Run":
+        ids, run = self.comparison.index.ids, {}
+        self.comparison.bm25  # noqa: B018, built now, so that its progress bar is not inside the next
+        for i, query_id in enumerate(tqdm(self.comparison.query_ids, desc=f"{self.name}: scoring", unit="query")):
+            scores = self.query(i)
+            # A document that shares no word with the query has a score of 0, and was not found.
+            best = [row for row in np.argsort(-scores, kind="stable")[:DEPTH].tolist() if scores[row] > 0]
+            run[query_id] = {ids[row]: float(scores[row]) for row in best}
+        return run
+
+    def query(self, i: int, prefill: None = None) -> np.ndarray:
+        """The scores of all documents."""
+        words = self.comparison.words([self.texts[i]])[0]
+        if not words:  # stop words only
+            return np.zeros(len(self.comparison.index), dtype=np.float32)
+        return self.comparison.bm25.get_scores(words)
+
+
+class BM25LastQuestion(BM25):
+    """BM25 on the last user message alone."""
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return self.comparison.last_questions
+
+
+class BM25FullHistory(BM25):
+    """BM25 on all turns: it has no context that could be too short."""
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return ["\n".join(turns(messages)) for messages in self.comparison.messages]
+
+
+class NativeGenerated:
+    """One model, the paper's way: the head reads the hidden states of the query that the backbone writes."""
+
+    reads_prompt = True
+    writes_query = True
+    mode = "generated"
+
+    def __init__(self, name: str, comparison: "Comparison"):
+        self.name, self.comparison = name, comparison
+
+    def run(self) -> "Run":
+        return self.comparison.search(self.comparison.backbone_pass.vectors[self.mode])
+
+    def query(self, i: int, prefill: "Prefill") -> np.ndarray:
+        return self.comparison.model.embed_prefilled(prefill, self.mode).query_embeddings[0].float().cpu().numpy()
+
+
+class NativeContext(NativeGenerated):
+    """One model, and no query is written: the head reads the prompt's last tokens, which the prefill left behind."""
+
+    writes_query = False
+    mode = "context"
+
+
+PIPELINES = {
+    "human-rewrite": HumanRewrite,
+    "last-question": LastQuestion,
+    "full-history": FullHistory,
+    "generate-then-encode": GenerateThenEncode,
+    "generate-then-encode+question": GenerateThenEncodeWithQuestion,
+    "bm25-last-question": BM25LastQuestion,
+    "bm25-full-history": BM25FullHistory,
+    "native-generated": NativeGenerated,
+    "native-context": NativeContext,
+}
+METHODS = tuple(PIPELINES)
+
+
+# The comparison
+
+
+@dataclass(frozen=True)
+class BackbonePass:
+    """What one pass of the backbone over all queries leaves."""
+
+    vectors: dict[str, np.ndarray]  # by mode, float32 (queries, embedding_dim)
+    queries: list[str]  # as the backbone wrote them; empty if no method has it write
+
+
+class Comparison:
+    """
+    Methods over the same queries and the same index. Whatever several methods need is computed once: one prefill serves
+    both native modes, and one written query serves generate-then-encode, its variant with the question, and
+    native-generated.
+
+    Args:
+        model (`NativeRetrievalModel`): in eval mode, on its device.
+        teacher (`Teacher`): the index's.
+        index (`DocumentIndex`): the documents.
+        queries (`Dataset`): columns `_id`, `messages`, `rewrite`, as `data.load_task` gives them.
+        methods: names, of `METHODS`.
+        batch_size: prompts in one pass of the backbone.
+
+    Raises:
+        `ValueError`: for a conversation that no prompt can be made of, naming the query.
+    """
+
+    def __init__(
+        self,
+        model: "NativeRetrievalModel",
+        teacher: "Teacher",
+        index: "DocumentIndex",
+        queries: "Dataset",
+        methods: Sequence[str] = METHODS,
+        batch_size: int = 32,
+    ):
+        self.model, self.teacher, self.index, self.queries = model, teacher, index, queries
+        self.batch_size = batch_size
+        self.query_ids: list[str] = list(queries["_id"])
+        self.messages: list[Messages] = list(queries["messages"])
+        self.prompts = self._build_prompts()  # first: it checks the conversations
+        self.last_questions = [last_question(messages) for messages in self.messages]
+        self.methods = {name: PIPELINES[name](name, self) for name in methods}
+
+    def runs(self) -> dict[str, "Run"]:
+        """`{method: {query_id: {doc_id: score}}}`, the best 1,000 documents of each query."""
+        return {name: method.run() for name, method in self.methods.items()}
+
+    def latencies(self, num_queries: int = 30) -> dict[str, list[float] | None]:
+        """
+        Milliseconds of each method on `num_queries` queries, evenly spaced over the split, one at a time; `None` when
+        there are to be none.
+
+        The methods take turns query by query, so that whatever slows the machine down slows all of them. A method that
+        reads the prompt gets a prefill of its own, outside the clock: writing a query uses its cache up.
+        """
+        if num_queries == 0:
+            return dict.fromkeys(self.methods)
+        count = min(num_queries, len(self.query_ids))
+        sample = np.linspace(0, len(self.query_ids) - 1, count).round().astype(int).tolist()
+        times: dict[str, list[float] | None] = {name: [] for name in self.methods}
+        rounds = [(i, False) for i in sample[:WARM_UP]] + [(i, True) for i in sample]
+        for i, counts in tqdm(rounds, desc="Latency: one query at a time", unit="query"):
+            for name, method in self.methods.items():
+                prefill = self.prefill(i) if method.reads_prompt else None
+                begin = perf_counter()
+                method.query(i, prefill)  # ends on the CPU, and so waits for whatever a GPU has still to do
+                elapsed = perf_counter() - begin
+                if counts:
+                    times[name].append(1000 * elapsed)
+        return times
+
+    def _build_prompts(self) -> list[list[int]]:
+        prompts = []
+        for query_id, messages in zip(self.query_ids, self.messages, strict=True):
+            try:
+                prompts.append(self.model.build_prompt(messages))
+            except ValueError as error:
+                raise ValueError(f"query {query_id!r}: {error}") from error
+        return prompts
+
+    def prefill(self, i: int) -> "Prefill":
+        """The finished prefill of one query's prompt."""
+        prefill = self.model.prefill(*self.model._pad([self.prompts[i]]))
+        prefill.hidden_states[0, -1, 0, 0].item()  # waits for the GPU
+        return prefill
+
+    @cached_property
+    def backbone_pass(self) -> BackbonePass:
+        writes = any(method.writes_query for method in self.methods.values())
+        shape = (len(self.prompts), self.model.config.embedding_dim)
+        vectors = {mode: np.empty(shape, np.float32) for mode in ("context", *(["generated"] if writes else []))}
+        written = [""] * len(self.prompts) if writes else []
+        # The batches of `model.embed_query`, so that the vectors are the ones that it gives.
+        order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
+        doing = "Backbone: prefill, write queries" if writes else "Backbone: prefill"
+        with tqdm(total=len(order), desc=doing, unit="query") as bar:
+            for begin in range(0, len(order), self.batch_size):
+                rows = order[begin : begin + self.batch_size]
+                prefill = self.model.prefill(*self.model._pad([self.prompts[i] for i in rows]), use_cache=writes)
+                output = self.model.embed_prefilled(prefill, "context")
+                vectors["context"][rows] = output.query_embeddings.float().cpu().numpy()
+                if writes:
+                    output = self.model.embed_prefilled(prefill, "generated")
+                    vectors["generated"][rows] = output.query_embeddings.float().cpu().numpy()
+                    for i, tokens in zip(rows, output.query_ids, strict=True):
+                        written[i] = self.read_query(i, tokens)
+                bar.update(len(rows))
+        return BackbonePass(vectors, written)
+
+    def read_query(self, i: int, tokens: list[int]) -> str:
+        """The text of a written query, without quotes around it; of an empty one, the last question."""
+        text = self.model.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text.strip(string.whitespace + QUOTES) or self.last_questions[i]
+
+    def search(self, vectors: np.ndarray) -> "Run":
+        scores, rows = self.index.search(vectors, DEPTH)
+        ids = self.index.ids
+        return {
+            query_id: {ids[row]: score for row, score in zip(its_rows.tolist(), its_scores.tolist(), strict=True)}
+            for query_id, its_rows, its_scores in zip(self.query_ids, rows, scores, strict=True)
+        }
+
+    @cached_property
+    def bm25(self) -> Any:
+        import bm25s
+
+        from .teacher import document_texts
+
+        retriever = bm25s.BM25()
+        with tqdm(total=1, desc="BM25: indexing", unit="corpus") as bar:
+            retriever.index(self.words(document_texts(self.index.documents)), show_progress=False)
+            bar.update()
+        return retriever
+
+    @cached_property
+    def stemmer(self) -> Any:
+        import Stemmer
+
+        return Stemmer.Stemmer("english")
+
+    def words(self, texts: list[str]) -> list[list[str]]:
+        """The stems of each text's words, stop words left out."""
+        import bm25s
+
+        return bm25s.tokenize(texts, stopwords="en", stemmer=self.stemmer, return_ids=False, show_progress=False)

@@ -1,0 +1,284 @@
+"""A transformers Trainer for the head: three losses, retrieval metrics on the dev split, light checkpoints."""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from .card import write_model_card
+from .examples import RetrievalExamples, collate
+from .losses import alignment_loss, contrastive_loss, rank_distillation_loss
+from .metrics import per_query
+
+DEV_DEPTH = 100  # documents ranked for a dev query; the metrics look at 10
+
+
+@dataclass
+class NativeRetrievalTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments`, with defaults that train a head, and the weights of its three losses."""
+
+    alignment_weight: float = field(default=2.0, metadata={"help": "Weight of the cosine distance to the target."})
+    contrastive_weight: float = field(
+        default=1.0, metadata={"help": "Weight of InfoNCE against the batch's documents."}
+    )
+    rank_weight: float = field(default=1.0, metadata={"help": "Weight of the KL to the teacher's ranking."})
+    contrastive_temperature: float = field(default=0.05, metadata={"help": "Temperature of InfoNCE."})
+    rank_temperature: float = field(default=0.05, metadata={"help": "Temperature of the rank distillation."})
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of the head."})
+    per_device_train_batch_size: int = field(
+        default=64, metadata={"help": "Queries a device; also the in-batch negatives."}
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Queries a device on the dev split."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the training queries."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate after warm-up."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all, of warm-up."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay, biases and norms left out."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "group_by_length wastes little on padding; or random."}
+    )
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to measure retrieval on the dev split."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint (of the head alone)."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept beside the best."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint on dev."})
+    metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "Dev metric that names the best."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of that metric is better."})
+    logging_steps: float = field(default=20, metadata={"help": "Steps between two log lines."})
+    report_to: str | list[str] | None = field(
+        default="none", metadata={"help": "none, tensorboard, trackio, wandb ..."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: batches carry vectors."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin batches in memory (for GPUs)."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        weights = (self.alignment_weight, self.contrastive_weight, self.rank_weight)
+        if min(weights) < 0 or not any(weights):
+            raise ValueError(f"loss weights {weights} must not be negative, and at least one must be above 0")
+
+
+class NativeRetrievalTrainer(Trainer):
+    """
+    Trains a `NativeRetrievalModel`'s head by a weighted sum of alignment, contrastive and rank-distillation losses.
+
+    Each part is logged under its own name. Dev metrics are those of retrieval in the whole dev corpus. In-batch
+    negatives are shared among devices; only queries carry gradients, so each device's own share is exact.
+
+    Gradient accumulation equals the larger batch for alignment and rank distillation. InfoNCE sees the negatives of one
+    step only; with cached states a large `per_device_train_batch_size` costs little memory.
+
+    Args:
+        model (`NativeRetrievalModel`)
+        args (`NativeRetrievalTrainingArguments`)
+        train_dataset (`RetrievalExamples`, or a `ConcatDataset` of several)
+        eval_dataset (`RetrievalExamples` or `dict[str, RetrievalExamples]`, *optional*): dev queries with documents.
+        facts (`dict`, *optional*): what the model card says of data and recipe.
+    """
+
+    def __init__(self, model, args, train_dataset=None, eval_dataset=None, facts: dict | None = None, **kwargs):
+        use_cache = model.backbone.config.use_cache
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=kwargs.pop("data_collator", collate),
+            compute_metrics=kwargs.pop("compute_metrics", self._retrieval_metrics),
+            **kwargs,
+        )
+        # The Trainer switches the cache off; pushed like that, the model would generate without one.
+        model.backbone.config.use_cache = use_cache
+        model.config.text_config.use_cache = use_cache
+        self.facts = facts or {}
+        self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._evaluated: RetrievalExamples | None = None
+        # A Trainer would otherwise read the loss's normalisation off forward's signature.
+        self.model_accepts_loss_kwargs = False
+
+    # -- the loss -----------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            readout_mask=inputs["readout_mask"],
+            hidden_states=inputs.get("hidden_states"),
+        )
+        parts = self.loss_parts(outputs.query_embeddings, inputs)
+        loss = sum(getattr(self.args, f"{name}_weight") * part for name, part in parts.items())
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} ({', '.join(f'{k} {v.item():.4g}' for k, v in parts.items())}) for the queries "
+                f"number {inputs['index'].tolist()}; lower the learning rate or raise the temperatures"
+            )
+        if model.training:
+            for name, part in parts.items():
+                self._parts[f"{name}_loss"].append(part.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def loss_parts(self, vectors: torch.Tensor, inputs: dict) -> dict[str, torch.Tensor]:
+        """The losses whose weight is not 0, by name. `vectors` is `(batch, dim)`."""
+        parts = {}
+        if self.args.alignment_weight:
+            parts["alignment"] = alignment_loss(vectors, inputs["targets"])
+        if self.args.contrastive_weight:
+            positives, ids = self._all_positives(inputs["positives"], inputs["positive_ids"][:, 0].contiguous())
+            parts["contrastive"] = contrastive_loss(
+                vectors,
+                positives,
+                positive_ids=ids,
+                negatives=inputs.get("negatives"),
+                negative_ids=inputs.get("negative_ids"),
+                known_positives=inputs["positive_ids"],
+                temperature=self.args.contrastive_temperature,
+            )
+        if self.args.rank_weight:
+            parts["rank"] = vectors.sum() * 0.0
+            if "ranking" in inputs:
+                rows = inputs["ranking_mask"].sum(1) > 1
+                if rows.any():
+                    documents, mask = inputs["ranking"][rows], inputs["ranking_mask"][rows]
+                    teacher = torch.einsum("bd,bkd->bk", inputs["targets"][rows], documents)
+                    student = torch.einsum("bd,bkd->bk", vectors[rows], documents)
+                    low = torch.finfo(student.dtype).min / 1e4  # padding takes no part on either side
+                    kl = rank_distillation_loss(
+                        student.masked_fill(~mask, low),
+                        teacher.masked_fill(~mask, low),
+                        temperature=self.args.rank_temperature,
+                    )
+                    # The mean is over the whole batch: a row without a ranking counts as one that is right.
+                    parts["rank"] = kl * rows.float().mean()
+        return parts
+
+    def _all_positives(self, positives: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This device's positives, then the other devices'."""
+        if self.accelerator.num_processes == 1 or not self.model.training:
+            return positives, ids
+        rank, own = self.accelerator.process_index, len(positives)
+        everyone = self.accelerator.gather(positives), self.accelerator.gather(ids)
+        return tuple(torch.roll(gathered, -rank * own, 0) for gathered in everyone)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs and self._parts:
+            logs |= {name: round(torch.stack(values).mean().item(), 5) for name, values in self._parts.items()}
+            self._parts.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        parts = getattr(dataset, "datasets", [dataset])
+        lengths = [length for part in parts for length in part.lengths]
+        generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch, lengths=lengths, generator=generator)
+
+    # -- dev metrics --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            for name in ("recall@10", "mrr@10", "ndcg@10"):  # the mean of the data sets names the best checkpoint
+                values = [metrics[f"{metric_key_prefix}_{part}_{name}"] for part in dataset]
+                metrics[f"{metric_key_prefix}_{name}"] = float(np.mean(values))
+            return metrics
+        self._evaluated = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), outputs.query_embeddings.float(), inputs["index"]
+
+    def _retrieval_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        examples = self._evaluated
+        depth = min(DEV_DEPTH, len(examples.documents))
+        scores = np.asarray(prediction.predictions) @ np.asarray(examples.documents).T
+        best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
+        run, qrels = {}, {}
+        for query, rows, values in zip(prediction.label_ids.ravel(), best, scores, strict=True):
+            run[str(query)] = {str(row): float(values[row]) for row in rows}
+            qrels[str(query)] = {str(row): 1 for row in examples.positives[query]}
+        metrics = per_query(run, qrels, list(qrels))
+        return {name: float(np.mean(values)) for name, values in metrics.items()}
+
+    # -- what is saved ------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Checkpoints hold the head alone: the backbone never changes."""
+        if not _internal_call or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            state = self.accelerator.unwrap_model(self.model).state_dict()
+            state = {k: v.contiguous() for k, v in state.items() if not k.startswith("backbone.")}
+            safetensors.torch.save_file(state, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+            torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_head(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        self._load_head(self.state.best_model_checkpoint)
+
+    def _load_head(self, checkpoint: str) -> None:
+        path = Path(checkpoint) / SAFE_WEIGHTS_NAME
+        try:
+            state = safetensors.torch.load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"checkpoint {path} cannot be read ({error}); resume from an older one") from error
+        missing, unexpected = self.accelerator.unwrap_model(self.model).load_state_dict(state, strict=False)
+        missing = [key for key in missing if not key.startswith("backbone.")]
+        if missing or unexpected:
+            raise ValueError(
+                f"checkpoint {path} is of another head (missing {missing[:3]}, unexpected {unexpected[:3]}); "
+                "use the configuration it was trained with, or another output_dir"
+            )
+
+    def create_model_card(self, *args, results: Sequence[str | os.PathLike] = (), **kwargs) -> None:
+        """Writes `README.md` into `output_dir` from the template `model_card.md`, with `results` of eval.py if given."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {
+            **self.facts,
+            "recipe": {
+                name: getattr(self.args, name)
+                for name in (
+                    "alignment_weight",
+                    "contrastive_weight",
+                    "rank_weight",
+                    "contrastive_temperature",
+                    "rank_temperature",
+                    "learning_rate",
+                    "per_device_train_batch_size",
+                    "gradient_accumulation_steps",
+                    "num_train_epochs",
+                    "warmup_steps",
+                    "weight_decay",
+                    "seed",
+                )
+            },
+            "dev": [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)],
+            "repository": self.args.hub_model_id,
+        }
+        (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        write_model_card(folder, results)

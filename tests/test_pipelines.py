@@ -1,0 +1,177 @@
+"""The methods of the comparison, with a tiny model and a stub in the teacher's place."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from native_retrieval.data import Task, load_task
+from native_retrieval.index import DocumentIndex
+from native_retrieval.pipelines import METHODS, Comparison, full_history, last_question, turns
+from native_retrieval.report import METHOD_ORDER
+
+
+@pytest.fixture
+def task(beir_folder, tmp_path, monkeypatch) -> Task:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    return load_task(beir_folder, "test")
+
+
+@pytest.fixture
+def index(task, stub_teacher, tmp_path) -> DocumentIndex:
+    vectors = stub_teacher.documents(task.corpus)
+    return DocumentIndex.build(task.corpus, vectors, stub_teacher.fingerprint, "stub-teacher", tmp_path / "index")
+
+
+@pytest.fixture
+def comparison(tiny_model, stub_teacher, index, task) -> Comparison:
+    return Comparison(tiny_model, stub_teacher, index, task.queries, batch_size=4)
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def test_report_knows_every_method_in_this_order():
+    assert [name for name in METHOD_ORDER if name in METHODS] == list(METHODS)
+
+
+def test_every_method_returns_documents_for_every_query(comparison, task, index):
+    runs = comparison.runs()
+    assert list(runs) == list(METHODS)
+    for name, run in runs.items():
+        assert list(run) == list(task.queries["_id"]), name
+        for scores in run.values():
+            assert set(scores) <= set(index.ids)
+            if not name.startswith("bm25"):  # which finds only what shares a word with the query
+                assert len(scores) == len(index)
+
+
+def test_native_vectors_are_those_of_embed_query(comparison, tiny_model):
+    for mode in ("context", "generated"):
+        expected = tiny_model.embed_query(comparison.messages, mode=mode, batch_size=4).numpy()
+        np.testing.assert_allclose(comparison.backbone_pass.vectors[mode], expected, atol=1e-5)
+
+
+def test_native_context_alone_writes_no_query(tiny_model, stub_teacher, index, task, monkeypatch):
+    comparison = Comparison(tiny_model, stub_teacher, index, task.queries, ["native-context"], batch_size=4)
+    monkeypatch.setattr(tiny_model, "write_queries", pytest.fail)
+    run = comparison.runs()["native-context"]
+    vectors = tiny_model.embed_query(comparison.messages, mode="context", batch_size=4).numpy()
+    scores, rows = index.search(vectors, 1)
+    assert [max(found, key=found.get) for found in run.values()] == [index.ids[row] for row in rows[:, 0]]
+
+
+def test_queries_are_written_once_for_all_methods(comparison, tiny_model, monkeypatch):
+    calls = []
+    write = tiny_model.write_queries
+    monkeypatch.setattr(tiny_model, "write_queries", lambda prefill: calls.append(0) or write(prefill))
+    comparison.runs()
+    assert len(calls) == 2  # 6 queries in batches of 4
+
+
+def test_each_query_alone_gives_the_vector_of_the_batch(comparison, stub_teacher):
+    comparison.runs()
+    for name, method in comparison.methods.items():
+        for i in range(len(comparison.query_ids)):
+            alone = method.query(i, comparison.prefill(i) if method.reads_prompt else None)
+            if name.startswith("bm25"):
+                assert alone.shape == (len(comparison.index),)
+            elif name.startswith("native"):
+                np.testing.assert_allclose(alone, comparison.backbone_pass.vectors[method.mode][i], atol=1e-5)
+            else:
+                np.testing.assert_allclose(alone, stub_teacher.encode(method.texts)[i], atol=1e-6)
+
+
+def test_latencies(comparison):
+    times = comparison.latencies(4)
+    assert list(times) == list(METHODS)
+    assert all(len(values) == 4 and min(values) > 0 for values in times.values())
+    assert all(len(values) == 6 for values in comparison.latencies(100).values())
+    assert comparison.latencies(0) == dict.fromkeys(METHODS)
+
+
+def test_the_clock_does_not_run_during_the_prefill(tiny_model, stub_teacher, index, task, monkeypatch):
+    comparison = Comparison(tiny_model, stub_teacher, index, task.queries, ["native-context"])
+    clock = [0.0]
+    prefill = tiny_model.prefill
+
+    def slow_prefill(*args, **kwargs):
+        clock[0] += 100.0
+        return prefill(*args, **kwargs)
+
+    monkeypatch.setattr("native_retrieval.pipelines.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(tiny_model, "prefill", slow_prefill)
+    assert comparison.latencies(3) == {"native-context": [0.0, 0.0, 0.0]}
+    assert clock[0] > 0
+
+
+def test_written_queries_lose_quotes_and_are_never_empty(comparison, tiny_model):
+    tokenizer = tiny_model.tokenizer
+    assert comparison.read_query(0, tokenizer(' "the old bridge"\n')["input_ids"]) == "the old bridge"
+    for empty in ("", ' "" '):
+        assert comparison.read_query(0, tokenizer(empty)["input_ids"]) == comparison.last_questions[0]
+
+
+def test_the_question_stands_behind_the_written_query(comparison):
+    plain = comparison.methods["generate-then-encode"].texts
+    longer = comparison.methods["generate-then-encode+question"].texts
+    assert plain == comparison.backbone_pass.queries
+    assert longer == [f"{query} {question}" for query, question in zip(plain, comparison.last_questions, strict=True)]
+
+
+def test_last_question_is_the_users_whoever_spoke_last():
+    messages = [user("Who?"), assistant("She."), user("When? "), {"role": "tool", "content": "1902"}, assistant("In")]
+    assert last_question(messages) == "When?"
+    assert last_question([user("Who?"), user(" "), assistant("")]) == "Who?"
+    assert last_question([assistant("Good morning."), {"role": "tool", "content": "1902"}]) == "1902"
+
+
+def test_turns_are_what_was_said():
+    messages = [{"role": "system", "content": "Be kind."}, user(" Who? "), assistant(""), user("When?")]
+    assert turns(messages) == ["Who?", "When?"]
+
+
+def test_full_history_drops_the_oldest_turns_whole():
+    messages = [user("a b c"), assistant("d e"), user("f g")]
+
+    def words(text: str) -> int:
+        return len(text.split())
+
+    assert full_history(messages, words, 7) == "a b c\nd e\nf g"
+    assert full_history(messages, words, 6) == "d e\nf g"
+    assert full_history(messages, words, 3) == "f g"
+    assert full_history(messages, words, 1) == "f g"  # the teacher truncates it
+    assert full_history(messages, words, None) == "a b c\nd e\nf g"
+
+
+def test_full_history_fits_the_teachers_tokenizer(comparison, stub_teacher):
+    texts = comparison.methods["full-history"].texts
+    longest = [len(stub_teacher.tokenizer(text)["input_ids"]) for text in texts]
+    assert max(longest) <= stub_teacher.max_seq_length
+    assert all(text.endswith(question) for text, question in zip(texts, comparison.last_questions, strict=True))
+    assert any("\n".join(turns(messages)) != text for messages, text in zip(comparison.messages, texts, strict=True))
+
+
+def test_bm25_finds_words_by_their_stems_and_nothing_without_any(comparison):
+    method = comparison.methods["bm25-last-question"]
+    method.texts = ["founding a railway?", "what is it", "zzz", "", "founded", "the"]
+    found = list(method.run().values())
+    assert max(found[0], key=found[0].get).startswith("d2_")
+    assert [bool(scores) for scores in found] == [True, False, False, False, True, False]
+    assert found[4].keys() >= {"d0_1", "d0_2"}
+
+
+def test_a_prompt_that_is_too_long_names_its_query(make_model, stub_teacher, index, task):
+    model = make_model(max_prompt_tokens=12)
+    with pytest.raises(ValueError, match=r"^query 'q6_1': the last turn alone"):
+        Comparison(model, stub_teacher, index, task.queries, ["native-context"])
+
+
+def test_a_conversation_without_text_names_its_query(tiny_model, stub_teacher, index, task):
+    rows = [{"_id": "q", "messages": [{"role": "system", "content": "Be kind."}], "rewrite": ""}]
+    with pytest.raises(ValueError, match=r"^query 'q': .*no text"):
+        Comparison(tiny_model, stub_teacher, index, Dataset.from_list(rows), ["last-question"])

@@ -1,0 +1,317 @@
+# Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
+"""
+Train a query head for your language model and your index.
+
+The recipe is a YAML file; any field in it can be set on the command line too, which then wins.
+
+    # ten minutes on a laptop: what `make demo` runs
+    accelerate launch train.py configs/demo.yaml
+
+    # your own conversations (BEIR layout with messages), your backbone, your index's embedding model
+    accelerate launch train.py configs/demo.yaml \
+        --backbone Qwen/Qwen3-0.6B \
+        --teacher BAAI/bge-small-en-v1.5 \
+        --train_data my_logs \
+        --dev_data my_logs:dev \
+        --output_dir outputs/mine
+
+    # go on after an interruption
+    accelerate launch train.py configs/demo.yaml --resume
+
+    # the paper's setting, on 8 GPUs
+    accelerate launch --num_processes 8 train.py configs/paper.yaml --push_to_hub --hub_model_id me/my-model
+
+What is costly (teacher vectors, written queries, hidden states) is computed once and kept in `--cache_dir`.
+The trained model lands in `--output_dir`: weights, code, tokenizer, model card. Judge it with `eval.py`.
+"""
+
+import dataclasses
+import difflib
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@dataclass
+class ModelArguments:
+    """The language model, the teacher, and the head between them."""
+
+    backbone: str = field(default="", metadata={"help": "Causal language model: path or Hub id."})
+    backbone_revision: str | None = field(default=None, metadata={"help": "Pins a backbone from the Hub."})
+    teacher: str = field(
+        default="", metadata={"help": "The index's embedding model: sentence-transformers path or id."}
+    )
+    teacher_revision: str | None = field(default=None, metadata={"help": "Pins a teacher from the Hub."})
+    store_backbone: bool = field(default=True, metadata={"help": "Save the backbone's weights beside the head."})
+    query_mode: str = field(default="context", metadata={"help": "Default mode of the saved model."})
+    query_prompt: str = field(default="Search query:", metadata={"help": "How the assistant begins to write a query."})
+    num_context_tokens: int = field(default=16, metadata={"help": "Last prompt tokens that the head reads."})
+    max_query_tokens: int = field(default=32, metadata={"help": "Longest written query, in tokens."})
+    max_prompt_tokens: int | None = field(default=1024, metadata={"help": "Longest prompt; older turns are dropped."})
+    hidden_state_layers: list[int] | None = field(default=None, metadata={"help": "Layers read (default: five)."})
+    head_dim: int = field(default=512, metadata={"help": "Width of the head's transformer encoder."})
+    head_num_layers: int = field(default=1, metadata={"help": "Its layers."})
+    head_num_attention_heads: int = field(default=8, metadata={"help": "Its attention heads."})
+    head_dropout: float = field(default=0.1, metadata={"help": "Dropout in the head."})
+    copy_num_heads: int = field(default=8, metadata={"help": "Heads of the copy path; 0 is the paper's head."})
+    copy_layer: int | None = field(default=None, metadata={"help": "Layer of the copy path's keys."})
+
+
+@dataclass
+class DataArguments:
+    """Conversations with relevant documents, and plain text for alignment."""
+
+    train_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders or Hub ids in the BEIR layout with messages, each as NAME or NAME:SPLIT (train)."},
+    )
+    dev_data: list[str] = field(
+        default_factory=list, metadata={"help": "The same, for choosing the checkpoint: NAME or NAME:SPLIT (dev)."}
+    )
+    query_modes: list[str] = field(
+        default_factory=lambda: ["context"], metadata={"help": "Modes to train: context, generated, or both."}
+    )
+    plain_text: list[str] = field(
+        default_factory=list, metadata={"help": "Text files or corpora whose sentences train the alignment."}
+    )
+    num_plain_texts: int = field(default=10_000, metadata={"help": "Sentences taken of them, evenly spaced."})
+    plain_text_epochs: int = field(default=2, metadata={"help": "Passes over the sentences before the conversations."})
+    gold_share: float = field(default=0.0, metadata={"help": "How far targets move to the relevant document, 0 to 1."})
+    rank_top_k: int = field(default=128, metadata={"help": "Documents of the teacher's ranking to distil."})
+    num_hard_negatives: int = field(default=0, metadata={"help": "Hard negatives a query, from that ranking."})
+    max_train_queries: int | None = field(default=None, metadata={"help": "First queries of each data set only."})
+    online_features: bool = field(default=False, metadata={"help": "Run the backbone in every step; no cache on disk."})
+    cache_dir: str = field(default=".cache/native_retrieval", metadata={"help": "Where costly things are kept."})
+
+
+@dataclass
+class RunArguments:
+    """How this run behaves."""
+
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir, if any."})
+    debug_errors: bool = field(default=False, metadata={"help": "Show the traceback of an error."})
+
+
+def parse(argv: list[str]):
+    """`[recipe.yaml] [--field value ...]` to the four groups of arguments. Raises `ValueError` for a misspelt field."""
+    import yaml
+    from transformers import HfArgumentParser
+
+    from native_retrieval.trainer import NativeRetrievalTrainingArguments
+
+    groups = (ModelArguments, DataArguments, RunArguments, NativeRetrievalTrainingArguments)
+    parser = HfArgumentParser(
+        groups, description=__doc__, prog="train.py", usage="%(prog)s [recipe.yaml] [--field ...]"
+    )
+    fields = {f.name for group in groups for f in dataclasses.fields(group) if f.init}
+    recipe = {}
+    if argv and not argv[0].startswith("-"):
+        path, argv = Path(argv[0]), argv[1:]
+        if not path.is_file():
+            raise ValueError(f"recipe {path} does not exist; give a YAML file, such as configs/demo.yaml")
+        try:
+            recipe = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(recipe, dict):
+            raise ValueError(f"recipe {path} holds a {type(recipe).__name__}; write `field: value` lines")
+        for name in recipe:
+            _known(str(name), fields, f"recipe {path}")
+    for argument in argv:
+        if argument.startswith("--"):
+            _known(argument[2:].split("=")[0].removeprefix("no_"), fields, "command line")
+    return parser.parse_args_into_dataclasses(_as_arguments(recipe) + argv, look_for_args_file=False)
+
+
+def _as_arguments(recipe: dict) -> list[str]:
+    """YAML fields as command-line words: both then pass the same checks and conversions."""
+    words = []
+    for name, value in recipe.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def _known(name: str, fields: set[str], where: str) -> None:
+    if name not in fields and name not in ("help",):
+        near = difflib.get_close_matches(name, fields, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see `python train.py --help`"
+        raise ValueError(f"{where}: unknown field {name!r}; {hint}")
+
+
+def load_queries_of(entry: str, default_split: str):
+    """`NAME` or `NAME:SPLIT` to (name, queries, corpus or None)."""
+    from native_retrieval.data import load_queries, load_task, splits
+
+    # A drive letter is no name, and a Hub id has no colon.
+    source, _, split = entry.rpartition(":") if ":" in entry[2:] else (entry, "", "")
+    split = split or (default_split if default_split in splits(source) else "")
+    name = Path(source).name
+    if not split:
+        return name, load_queries(source), None
+    task = load_task(source, split)
+    return name, task.queries, task.corpus
+
+
+def main(argv: list[str]) -> None:
+    model_args, data_args, run_args, training_args = parse(argv)
+    for name, value in (("backbone", model_args.backbone), ("teacher", model_args.teacher)):
+        if not value:
+            raise ValueError(f"{name} is missing; set it in the recipe or with --{name}")
+    if not data_args.train_data:
+        raise ValueError("train_data is missing; name at least one folder or Hub id")
+    if training_args.load_best_model_at_end and not data_args.dev_data:
+        raise ValueError("dev_data is missing; name it, or set --load_best_model_at_end false --eval_strategy no")
+
+    import datasets
+    from torch.utils.data import ConcatDataset
+    from transformers.trainer_utils import get_last_checkpoint
+    from transformers.utils import logging
+
+    from configuration_native_retrieval import QUERY_MODES
+    from modeling_native_retrieval import NativeRetrievalModel
+    from native_retrieval.data import drop_overlap, load_texts
+    from native_retrieval.examples import build_examples
+    from native_retrieval.teacher import Teacher
+    from native_retrieval.trainer import NativeRetrievalTrainer
+
+    unknown = set(data_args.query_modes) - set(QUERY_MODES)
+    if unknown or not data_args.query_modes:
+        raise ValueError(f"query_modes {sorted(unknown)} are unknown; choose from {', '.join(QUERY_MODES)}")
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+    # Data first: a bad row should be named before a model is loaded.
+    dev = [load_queries_of(entry, "dev") for entry in data_args.dev_data]
+    train = []
+    for entry in data_args.train_data:
+        name, queries, corpus = load_queries_of(entry, "train")
+        dropped = 0
+        for _, held_out, _ in dev:
+            queries, count = drop_overlap(queries, held_out)
+            dropped += count
+        if dropped:
+            print(f"{name}: left out {dropped} training queries whose conversation is in the dev data")
+        if data_args.max_train_queries:
+            queries = queries.select(range(min(data_args.max_train_queries, len(queries))))
+        train.append((name, queries, corpus))
+    texts = [text for source in data_args.plain_text for text in load_texts(source)["text"]]
+    if texts:
+        step = max(1, len(texts) // data_args.num_plain_texts)
+        texts = texts[::step][: data_args.num_plain_texts]
+
+    teacher = Teacher(model_args.teacher, model_args.teacher_revision, cache_dir=data_args.cache_dir)
+    fields = {k: v for k, v in vars(model_args).items() if k not in ("backbone", "teacher") and v is not None}
+    model = NativeRetrievalModel.from_backbone(
+        model_args.backbone,
+        teacher,
+        teacher_name_or_path=model_args.teacher,
+        teacher_fingerprint=teacher.fingerprint,
+        **fields,
+    ).to(training_args.device)
+
+    common = {"cache_dir": data_args.cache_dir, "online_features": data_args.online_features}
+    offset = 0
+
+    def examples(name, queries, corpus, mode):
+        nonlocal offset
+        built = build_examples(
+            model,
+            teacher,
+            queries,
+            corpus,
+            mode,
+            gold_share=data_args.gold_share,
+            rank_top_k=data_args.rank_top_k,
+            num_hard_negatives=data_args.num_hard_negatives,
+            id_offset=offset,
+            name=name,
+            **common,
+        )
+        return built
+
+    train_parts = []
+    for name, queries, corpus in train:
+        train_parts += [examples(name, queries, corpus, mode) for mode in data_args.query_modes]
+        # The modes share a corpus, and so its ids; the next data set's begin after it.
+        offset += (len(corpus) if corpus is not None else 0) + len(queries)
+    several = len(dev) * len(data_args.query_modes) > 1
+    dev_parts = {
+        f"{name}_{mode}" if several else name: examples(name, queries, corpus, mode)
+        for name, queries, corpus in dev
+        for mode in data_args.query_modes
+    }
+    eval_dataset = None
+    if dev_parts:
+        eval_dataset = dev_parts if several else next(iter(dev_parts.values()))
+    facts = {
+        "backbone": model_args.backbone,
+        "backbone_revision": model_args.backbone_revision,
+        "teacher": model_args.teacher,
+        "teacher_revision": model_args.teacher_revision,
+        "train_data": {name: len(queries) for name, queries, _ in train},
+        "dev_data": {name: len(queries) for name, queries, _ in dev},
+        "plain_texts": len(texts),
+        "query_modes": data_args.query_modes,
+        "command": " ".join(["train.py", *argv]),
+    }
+    output_dir = Path(training_args.output_dir)
+    resume = run_args.resume and output_dir.is_dir() and get_last_checkpoint(str(output_dir)) is not None
+
+    if texts and not resume and data_args.plain_text_epochs:
+        print(f"Stage a: alignment on {len(texts)} plain texts", flush=True)
+        rows = [{"messages": [{"role": "user", "content": text}], "rewrite": text, "gold": []} for text in texts]
+        plain = build_examples(
+            model,
+            teacher,
+            datasets.Dataset.from_list(rows),
+            None,
+            "context",
+            id_offset=offset,
+            name="plain text",
+            **common,
+        )
+        stage = dataclasses.replace(
+            training_args,
+            num_train_epochs=data_args.plain_text_epochs,
+            rank_weight=0.0,
+            alignment_weight=training_args.alignment_weight or 1.0,
+            eval_strategy="no",
+            save_strategy="no",
+            load_best_model_at_end=False,
+            push_to_hub=False,
+        )
+        NativeRetrievalTrainer(model, stage, plain).train()
+
+    print(f"Stage b: {sum(map(len, train_parts))} examples from conversations", flush=True)
+    trainer = NativeRetrievalTrainer(
+        model, training_args, ConcatDataset(train_parts), eval_dataset, facts=facts, processing_class=model.tokenizer
+    )
+    trainer.train(resume_from_checkpoint=resume or None)
+    if eval_dataset is not None:
+        trainer.log_metrics("dev", trainer.evaluate())
+    trainer.save_model()
+    trainer.create_model_card()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    for checkpoint in output_dir.glob("checkpoint-*"):  # the best of them is the saved model
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    print(f"Saved to {output_dir}. Judge it: python eval.py --model {output_dir} --data ... --split test")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; the same command with --resume goes on")
+    except (ValueError, OSError, FloatingPointError) as error:
+        if "--debug_errors" in sys.argv:
+            raise
+        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
