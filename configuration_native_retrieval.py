@@ -53,6 +53,7 @@ class NativeRetrievalConfig(PreTrainedConfig):
             norm). Defaults to five spread over the depth.
         head_dim, head_num_layers, head_num_attention_heads, head_dropout:
             The transformer encoder of the projection head.
+        head_skip (`bool`, defaults to `True`): whether a linear path runs beside the encoder. The paper has none.
         copy_num_heads (`int`, defaults to 8):
             Heads of the copy path, which picks words out of the conversation; 0 leaves the path out, and gives the
             paper's head.
@@ -85,6 +86,7 @@ class NativeRetrievalConfig(PreTrainedConfig):
     head_num_layers: int = 1
     head_num_attention_heads: int = 8
     head_dropout: float = 0.1
+    head_skip: bool = True
     copy_num_heads: int = 8
     copy_head_dim: int = 64
     copy_layer: int | None = None

@@ -176,7 +176,7 @@ class ProjectionHead(nn.Module):
         )
         self.norm_out = nn.LayerNorm(config.head_dim)
         self.linear_out = nn.Linear(config.head_dim, config.embedding_dim)
-        self.skip = nn.Linear(2 * num_layers * hidden_size, config.embedding_dim)
+        self.skip = nn.Linear(2 * num_layers * hidden_size, config.embedding_dim) if config.head_skip else None
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -196,8 +196,10 @@ class ProjectionHead(nn.Module):
             encoded = layer(encoded, src_key_padding_mask=~mask)
         encoded = self.norm_out(encoded)
         mean, newest = _mean_and_newest(encoded, mask)
-        skip = self.skip(self.dropout(torch.cat(_mean_and_newest(states, mask), dim=-1)))
-        return self.linear_out(mean) + skip, torch.cat((mean, newest), dim=-1)
+        vectors = self.linear_out(mean)
+        if self.skip is not None:
+            vectors = vectors + self.skip(self.dropout(torch.cat(_mean_and_newest(states, mask), dim=-1)))
+        return vectors, torch.cat((mean, newest), dim=-1)
 
 
 def _mean_and_newest(states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -345,7 +347,8 @@ class NativeRetrievalModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ProjectionHead):
-            init.zeros_(module.skip.weight)
+            if module.skip is not None:
+                init.zeros_(module.skip.weight)
             if self.config.copy_num_heads:  # training starts from the words, and learns what to add to them
                 init.zeros_(module.linear_out.weight)
         elif isinstance(module, CopyPath):
@@ -389,7 +392,9 @@ class NativeRetrievalModel(PreTrainedModel):
             )
         if teacher is not None:
             spellings = [tokenizer.decode([i]).strip() or "." for i in range(len(tokenizer))]
-            vectors = torch.as_tensor(teacher.encode(spellings)).float()
+            distinct = sorted(set(spellings))
+            rows = {spelling: row for row, spelling in enumerate(distinct)}
+            vectors = torch.as_tensor(teacher.encode(distinct)).float()[[rows[spelling] for spelling in spellings]]
             if config_fields.setdefault("embedding_dim", vectors.shape[1]) != vectors.shape[1]:
                 raise ValueError(
                     f"the teacher's vectors have {vectors.shape[1]} dimensions, embedding_dim is "

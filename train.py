@@ -32,6 +32,7 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -57,6 +58,7 @@ class ModelArguments:
     head_num_layers: int = field(default=1, metadata={"help": "Its layers."})
     head_num_attention_heads: int = field(default=8, metadata={"help": "Its attention heads."})
     head_dropout: float = field(default=0.1, metadata={"help": "Dropout in the head."})
+    head_skip: bool = field(default=True, metadata={"help": "A linear path beside the encoder; the paper has none."})
     copy_num_heads: int = field(default=8, metadata={"help": "Heads of the copy path; 0 is the paper's head."})
     copy_layer: int | None = field(default=None, metadata={"help": "Layer of the copy path's keys."})
 
@@ -75,12 +77,18 @@ class DataArguments:
     query_modes: list[str] = field(
         default_factory=lambda: ["context"], metadata={"help": "Modes to train: context, generated, or both."}
     )
+    generated_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Train and judge the generated mode on these entries of train_data and dev_data only."},
+    )
     plain_text: list[str] = field(
         default_factory=list, metadata={"help": "Text files or corpora whose sentences train the alignment."}
     )
     num_plain_texts: int = field(default=10_000, metadata={"help": "Sentences taken of them, evenly spaced."})
     plain_text_epochs: int = field(default=2, metadata={"help": "Passes over the sentences before the conversations."})
-    gold_share: float = field(default=0.0, metadata={"help": "How far targets move to the relevant document, 0 to 1."})
+    gold_share: float = field(
+        default=0.5, metadata={"help": "How far the target of a query without a rewrite moves to its document, 0 to 1."}
+    )
     rank_top_k: int = field(default=128, metadata={"help": "Documents of the teacher's ranking to distil."})
     num_hard_negatives: int = field(default=0, metadata={"help": "Hard negatives a query, from that ranking."})
     max_train_queries: int | None = field(default=None, metadata={"help": "First queries of each data set only."})
@@ -208,9 +216,10 @@ def main(argv: list[str]) -> None:
 
     teacher = Teacher(model_args.teacher, model_args.teacher_revision, cache_dir=data_args.cache_dir)
     fields = {k: v for k, v in vars(model_args).items() if k not in ("backbone", "teacher") and v is not None}
+    vocabulary = SimpleNamespace(encode=lambda words: teacher.cached(words, "query", "Teacher: vocabulary"))
     model = NativeRetrievalModel.from_backbone(
         model_args.backbone,
-        teacher,
+        vocabulary,
         teacher_name_or_path=model_args.teacher,
         teacher_fingerprint=teacher.fingerprint,
         **fields,
@@ -236,16 +245,21 @@ def main(argv: list[str]) -> None:
         )
         return built
 
+    def modes_of(entry: str) -> list[str]:
+        # Writing queries is the slow part of preparing data.
+        written = not data_args.generated_data or entry in data_args.generated_data
+        return [mode for mode in data_args.query_modes if mode != "generated" or written]
+
     train_parts = []
-    for name, queries, corpus in train:
-        train_parts += [examples(name, queries, corpus, mode) for mode in data_args.query_modes]
+    for entry, (name, queries, corpus) in zip(data_args.train_data, train, strict=True):
+        train_parts += [examples(name, queries, corpus, mode) for mode in modes_of(entry)]
         # The modes share a corpus, and so its ids; the next data set's begin after it.
         offset += (len(corpus) if corpus is not None else 0) + len(queries)
     several = len(dev) * len(data_args.query_modes) > 1
     dev_parts = {
         f"{name}_{mode}" if several else name: examples(name, queries, corpus, mode)
-        for name, queries, corpus in dev
-        for mode in data_args.query_modes
+        for entry, (name, queries, corpus) in zip(data_args.dev_data, dev, strict=True)
+        for mode in modes_of(entry)
     }
     eval_dataset = None
     if dev_parts:

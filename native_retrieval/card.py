@@ -1,6 +1,7 @@
 """The model card: the template `model_card.md`, filled from what training and evaluation left in the model's folder."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -71,18 +72,11 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
         model_name=Path(repository).name,
         eval_results=entries or None,
     )
-    with (
-        safetensors.safe_open(folder / "model.safetensors", "pt")
-        if (folder / "model.safetensors").exists()
-        else _Empty() as weights
-    ):
-        sizes = [weights.get_slice(key).get_shape() for key in weights.keys() if not key.startswith("backbone.")]
     parameters = 0
-    for shape in sizes:
-        count = 1
-        for side in shape:
-            count *= side
-        parameters += count
+    for weights_file in folder.glob("*.safetensors"):
+        with safetensors.safe_open(weights_file, "pt") as weights:
+            keys = [key for key in weights.keys() if not key.startswith("backbone.")]  # noqa: SIM118 (no mapping)
+            parameters += sum(math.prod(weights.get_slice(key).get_shape()) for key in keys)
     dev = facts["dev"][-1] if facts.get("dev") else {}
     revision = facts.get("revision")
     card = ModelCard.from_template(
@@ -111,16 +105,3 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
 def _name(source: str) -> str:
     """A Hub id as it is; of a local path the last part, so that no card tells of its author's disk."""
     return Path(source).name if Path(source).exists() else source
-
-
-class _Empty:
-    """Stands in for a weights file that is sharded or not yet written."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        return None
-
-    def keys(self):
-        return ()

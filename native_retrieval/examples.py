@@ -133,7 +133,7 @@ def build_examples(
     *,
     cache_dir: str,
     online_features: bool = False,
-    gold_share: float = 0.0,
+    gold_share: float = 0.5,
     rank_top_k: int = 128,
     num_hard_negatives: int = 0,
     id_offset: int = 0,
@@ -146,7 +146,8 @@ def build_examples(
     (known in `generated` mode) with the last question behind it; the last question.
 
     Args:
-        gold_share (`float`): how far the target moves from the query's vector towards its first relevant document's.
+        gold_share (`float`): how far the target of a query without a rewrite moves from the query's vector towards its
+            first relevant document's.
         num_hard_negatives (`int`): documents near the target, from the teacher's ranking, that are not relevant.
     """
     prompts = [model.build_prompt(messages) for messages in queries["messages"]]
@@ -171,12 +172,13 @@ def build_examples(
         examples.documents = teacher.documents(corpus)
         rows = {document_id: row for row, document_id in enumerate(corpus["_id"])}
         examples.positives = [[rows[document_id] for document_id in gold] for gold in queries["gold"]]
-        if gold_share:
-            gold = np.stack(
-                [examples.documents[p[0]] if p else t for p, t in zip(examples.positives, targets, strict=True)]
-            )
-            mixed = (1 - gold_share) * targets + gold_share * gold
-            examples.targets = mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
+        # A last question alone often names nothing; its document does.
+        alone = np.array([not rewrite for rewrite in queries["rewrite"]])
+        if gold_share and alone.any():
+            targets = targets.copy()
+            gold = examples.documents[[rows[document_ids[0]] for document_ids in queries["gold"]]]
+            targets[alone] = (1 - gold_share) * targets[alone] + gold_share * gold[alone]
+            examples.targets = targets / np.linalg.norm(targets, axis=1, keepdims=True)
         examples.ranking = teacher.ranking(examples.targets, examples.documents, rank_top_k)
         if num_hard_negatives:
             examples.hard_negatives = np.stack(

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -392,3 +393,22 @@ def _label_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, 
                 break
         if label is not None:
             taken.append(label.get_window_extent())
+
+
+def fill_tables(markdown: str, root: Path) -> str:
+    """The text with each `<!-- table: results/NAME.json -->` ... `<!-- end -->` filled from that file, if it is there."""
+
+    def table(match: re.Match) -> str:
+        path = root / match["path"]
+        if not path.is_file():
+            return match[0]
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return f"<!-- table: {match['path']} -->\n{markdown_table(result)}\n\n`{result['command']}`\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (?P<path>\S+) -->.*?<!-- end -->", table, markdown, flags=re.DOTALL)
+
+
+if __name__ == "__main__":  # python -m native_retrieval.report README.md
+    for name in sys.argv[1:]:
+        document = Path(name)
+        document.write_text(fill_tables(document.read_text(encoding="utf-8"), document.parent), encoding="utf-8")

@@ -41,6 +41,7 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Queries a device on the dev split."})
     num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the training queries."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate after warm-up."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimiser."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all, of warm-up."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay, biases and norms left out."})
     train_sampling_strategy: str = field(
@@ -53,7 +54,7 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "Dev metric that names the best."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of that metric is better."})
     logging_steps: float = field(default=20, metadata={"help": "Steps between two log lines."})
-    report_to: str | list[str] | None = field(
+    report_to: str = field(
         default="none", metadata={"help": "none, tensorboard, trackio, wandb ..."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: batches carry vectors."})
