@@ -54,9 +54,7 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "Dev metric that names the best."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of that metric is better."})
     logging_steps: float = field(default=20, metadata={"help": "Steps between two log lines."})
-    report_to: str = field(
-        default="none", metadata={"help": "none, tensorboard, trackio, wandb ..."}
-    )
+    report_to: str = field(default="none", metadata={"help": "none, tensorboard, trackio, wandb ..."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: batches carry vectors."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin batches in memory (for GPUs)."})
 

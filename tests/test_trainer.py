@@ -1,0 +1,274 @@
+"""The Trainer: what it optimises, logs, keeps and resumes; and train.py from the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel
+
+import train
+from native_retrieval.data import load_task
+from native_retrieval.examples import build_examples, collate
+from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
+
+
+@pytest.fixture
+def examples(tiny_model, stub_teacher, beir_folder, tmp_path):
+    def build(split="train", mode="context", **settings):
+        task = load_task(beir_folder, split)
+        return build_examples(
+            tiny_model,
+            stub_teacher,
+            task.queries,
+            task.corpus,
+            mode,
+            cache_dir=str(tmp_path / "cache"),
+            rank_top_k=8,
+            name=split,
+            **settings,
+        )
+
+    return build
+
+
+def arguments(tmp_path, **fields):
+    fields = {
+        "output_dir": str(tmp_path / "out"),
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **fields,
+    }
+    return NativeRetrievalTrainingArguments(**fields)
+
+
+def head(model):
+    return {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("backbone.")}
+
+
+def test_cached_and_online_features_give_the_same_loss(tiny_model, examples, tmp_path):
+    trainer = NativeRetrievalTrainer(tiny_model, arguments(tmp_path, eval_strategy="no", load_best_model_at_end=False))
+    losses = []
+    for online in (False, True):
+        dataset = examples(online_features=online)
+        batch = collate([dataset[i] for i in range(4)])
+        tiny_model.eval()
+        losses.append(trainer.compute_loss(tiny_model, batch).item())
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)  # the cache is bfloat16
+
+
+def test_parts_are_logged_and_add_up_to_the_loss(tiny_model, examples, tmp_path):
+    args = arguments(tmp_path, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
+    trainer = NativeRetrievalTrainer(tiny_model, args, examples())
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged
+    for entry in logged:
+        total = 2 * entry["alignment_loss"] + entry["contrastive_loss"] + entry["rank_loss"]
+        assert float(entry["loss"]) == pytest.approx(total, abs=2e-3)
+    assert float(logged[-1]["loss"]) < float(logged[0]["loss"])
+
+
+def test_a_weight_of_zero_leaves_the_part_out(tiny_model, examples, tmp_path):
+    args = arguments(tmp_path, contrastive_weight=0.0, eval_strategy="no", load_best_model_at_end=False)
+    trainer = NativeRetrievalTrainer(tiny_model, args)
+    batch = collate([examples()[i] for i in range(4)])
+    assert set(trainer.loss_parts(batch["targets"], batch)) == {"alignment", "rank"}
+
+
+def test_gradient_accumulation_equals_the_larger_batch(tiny_model, examples, tmp_path):
+    # InfoNCE is left out: its negatives are those of one step.
+    dataset, before, after = examples(), head(tiny_model), []
+    for size, steps in ((8, 1), (1, 8)):
+        tiny_model.load_state_dict(before, strict=False)
+        tiny_model.config.head_dropout = 0.0
+        for module in tiny_model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            if isinstance(module, torch.nn.MultiheadAttention):
+                module.dropout = 0.0
+        args = arguments(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            contrastive_weight=0.0,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1e-1,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            max_grad_norm=0.0,
+            train_sampling_strategy="sequential",
+            eval_strategy="no",
+            save_strategy="no",
+            load_best_model_at_end=False,
+        )
+        subset = torch.utils.data.Subset(dataset, range(8))
+        NativeRetrievalTrainer(tiny_model, args, subset).train()
+        after.append(head(tiny_model))
+    moved = max((after[0][k] - before[k]).abs().max().item() for k in before)
+    apart = max((after[0][k] - after[1][k]).abs().max().item() for k in before)
+    assert moved > 1e-4
+    assert apart < 1e-3 * moved + 1e-7
+
+
+def test_dev_metrics_are_those_of_brute_force(tiny_model, examples, tmp_path):
+    dev = examples("dev")
+    trainer = NativeRetrievalTrainer(tiny_model, arguments(tmp_path), examples(), dev)
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        vectors = tiny_model(
+            **{k: v for k, v in collate([dev[i] for i in range(len(dev))]).items() if k in MODEL_INPUTS}
+        )
+    scores = vectors.query_embeddings.numpy() @ np.asarray(dev.documents).T
+    ranks = [1 + int((row > row[gold[0]]).sum()) for row, gold in zip(scores, dev.positives, strict=True)]
+    assert metrics["eval_recall@10"] == pytest.approx(np.mean([rank <= 10 for rank in ranks]), abs=1e-6)
+    assert metrics["eval_mrr@10"] == pytest.approx(np.mean([1 / r if r <= 10 else 0 for r in ranks]), abs=1e-6)
+
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "readout_mask", "hidden_states")
+
+
+def test_resuming_ends_where_an_undisturbed_run_does(tiny_model, examples, tmp_path):
+    dataset, dev, before = examples(), examples("dev"), head(tiny_model)
+    ends = []
+    for stop in (False, True):
+        tiny_model.load_state_dict(before, strict=False)
+        args = arguments(tmp_path, output_dir=str(tmp_path / f"run-{stop}"), save_total_limit=None, seed=3)
+        trainer = NativeRetrievalTrainer(tiny_model, args, dataset, dev)
+        trainer.train()
+        if stop:
+            first = sorted((tmp_path / f"run-{stop}").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))[0]
+            assert not any(k.startswith("backbone") for k in _keys(first / "model.safetensors"))
+            trainer = NativeRetrievalTrainer(tiny_model, args, dataset, dev)
+            trainer.train(resume_from_checkpoint=str(first))
+        ends.append(head(tiny_model))
+    assert max((ends[0][k] - ends[1][k]).abs().max().item() for k in before) < 1e-5
+
+
+def _keys(path):
+    import safetensors
+
+    with safetensors.safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def test_a_checkpoint_of_another_head_is_refused(tiny_model, examples, tmp_path):
+    trainer = NativeRetrievalTrainer(tiny_model, arguments(tmp_path, num_train_epochs=1), examples(), examples("dev"))
+    trainer.train()
+    checkpoint = next((tmp_path / "out").glob("checkpoint-*"))
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_loss_that_is_not_finite_stops_training(tiny_model, examples, tmp_path):
+    args = arguments(tmp_path, eval_strategy="no", load_best_model_at_end=False)
+    trainer = NativeRetrievalTrainer(tiny_model, args)
+    batch = collate([examples()[i] for i in range(4)])
+    batch["targets"] = batch["targets"] * float("nan")
+    with pytest.raises(FloatingPointError, match="queries number"):
+        trainer.compute_loss(tiny_model, batch)
+
+
+def test_hard_negatives_are_never_relevant(examples):
+    dataset = examples(num_hard_negatives=3)
+    for i in range(len(dataset)):
+        assert not set(dataset.hard_negatives[i]) & set(dataset.positives[i])
+    batch = collate([dataset[i] for i in range(4)])
+    assert batch["negatives"].shape == (4, 3, 32) and batch["negatives_mask"].all()
+
+
+def test_generated_mode_reads_the_written_query(tiny_model, examples):
+    dataset = examples(mode="generated")
+    start = tiny_model.tokenizer(tiny_model.config.query_prompt, add_special_tokens=False)["input_ids"]
+    for sequence, count in zip(dataset.sequences, dataset.num_read, strict=True):
+        assert sequence[-count - len(start) : -count] == start
+
+
+# -- from the command line --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stub_training(monkeypatch, stub_teacher):
+    monkeypatch.setattr("native_retrieval.teacher.Teacher", lambda *args, **kwargs: stub_teacher)
+
+
+def words(backbone_dir, beir_folder, tmp_path, *more):
+    return [
+        *("--backbone", str(backbone_dir), "--teacher", "stub-teacher"),
+        *("--train_data", str(beir_folder), "--dev_data", str(beir_folder)),
+        *("--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")),
+        *(
+            "--num_train_epochs",
+            "1",
+            "--max_prompt_tokens",
+            "100",
+            "--head_dim",
+            "32",
+            "--head_num_attention_heads",
+            "4",
+        ),
+        *("--rank_top_k", "8", "--use_cpu", "true", "--disable_tqdm", "true", "--max_query_tokens", "8"),
+        *more,
+    ]
+
+
+def test_train_leaves_a_model_that_loads_and_a_card(stub_training, backbone_dir, beir_folder, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("A plain sentence about rivers.\nAnother one, about old bridges.\n" * 3)
+    train.main(
+        words(backbone_dir, beir_folder, tmp_path, "--plain_text", str(texts), "--query_modes", "context", "generated")
+    )
+    out = tmp_path / "out"
+    model = AutoModel.from_pretrained(out, trust_remote_code=True)
+    assert model.embed_query("where is the bridge?").shape == (1, 32)
+    assert model.config.teacher_fingerprint and model.config.text_config.use_cache
+    card = (out / "README.md").read_text()
+    assert "2603.08429" in card and "recall@10" in card.lower() and str(tmp_path) not in card.split("`train.py")[0]
+    assert json.loads((out / "training.json").read_text())["dev"]
+    assert not list(out.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--bakbone", "x"], "did you mean 'backbone'"),
+        (["no-such.yaml"], "does not exist"),
+        ([], "backbone is missing"),
+        (["--backbone", "b"], "teacher is missing"),
+        (["--backbone", "b", "--teacher", "t"], "train_data is missing"),
+        (["--backbone", "b", "--teacher", "t", "--train_data", "d"], "dev_data is missing"),
+    ],
+)
+def test_bad_arguments_are_one_line(argv, said):
+    with pytest.raises(ValueError, match=said) as raised:
+        train.main(argv)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_misspelt_recipe_field_names_the_nearest(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("learnin_rate: 1\n")
+    with pytest.raises(ValueError, match="learning_rate"):
+        train.main([str(recipe)])
+
+
+def test_the_command_line_wins_over_the_recipe(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"backbone: a\nlearning_rate: 1.0e-3\nquery_modes: [context, generated]\noutput_dir: {tmp_path}\n"
+    )
+    model_args, data_args, _, training_args = train.parse([str(recipe), "--backbone", "b"])
+    assert (model_args.backbone, training_args.learning_rate) == ("b", 1e-3)
+    assert data_args.query_modes == ["context", "generated"]
+
+
+def test_shipped_recipes_parse():
+    for recipe in ("demo", "qrecc", "paper", "ablation"):
+        train.parse([f"configs/{recipe}.yaml", *(["--bf16", "false"] if recipe == "paper" else [])])
