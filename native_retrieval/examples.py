@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from modeling_native_retrieval import NativeRetrievalModel
 
+from .conversations import last_question
 from .features import FeatureStore, cached_queries
 from .teacher import Teacher
 
@@ -116,12 +117,6 @@ def collate(items: Sequence[dict]) -> dict[str, torch.Tensor]:
             if "negative_ids" in item:
                 batch["negative_ids"][row, : len(item["negative_ids"])] = torch.from_numpy(item["negative_ids"])
     return batch
-
-
-def last_question(messages: Sequence[dict]) -> str:
-    """The last user turn's text, or the last turn's where no user has spoken."""
-    texts = [m["content"] for m in messages if m["role"] == "user" and m["content"].strip()]
-    return texts[-1] if texts else [m["content"] for m in messages if m["content"].strip()][-1]
 
 
 def build_examples(

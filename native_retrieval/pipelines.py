@@ -12,7 +12,7 @@ scoring of all documents, and so holds its search.
 """
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
+
+from .conversations import Messages, full_history, last_question, turns
 
 # For the type hints only: `eval.py` reads the methods' names from here before it loads anything heavy.
 if TYPE_CHECKING:
@@ -31,39 +33,9 @@ if TYPE_CHECKING:
     from .metrics import Run
     from .teacher import Teacher
 
-Messages = Sequence[dict[str, Any]]
-
 DEPTH = 1000  # documents that a run keeps of each query
 WARM_UP = 2  # queries that are run, and not counted, before the clock is read
 QUOTES = "\"'`“”‘’«»"
-
-
-# Conversation to text
-
-
-def turns(messages: Messages) -> list[str]:
-    """The contents of a conversation's turns, in order: system messages and empty turns are none."""
-    return [turn["content"].strip() for turn in messages if turn["role"] != "system" and turn["content"].strip()]
-
-
-def last_question(messages: Messages) -> str:
-    """The last user message with text in it; in a conversation without a user, its last turn."""
-    questions = [message for message in messages if message["role"] == "user" and message["content"].strip()]
-    return turns(questions or messages)[-1]
-
-
-def full_history(messages: Messages, count_tokens: Callable[[str], int], max_tokens: int | None) -> str:
-    """
-    As many of the newest turns as fit into `max_tokens`, joined by line ends in their order; older ones are dropped
-    whole. The last turn stays even if it alone is too long, and `None` is no limit.
-    """
-    *older, text = turns(messages)
-    for turn in reversed(older):
-        longer = f"{turn}\n{text}"
-        if max_tokens is not None and count_tokens(longer) > max_tokens:
-            break
-        text = longer
-    return text
 
 
 # The methods. `query(i, prefill)` is what the clock measures: the work for query i, after the prefill if it reads one.

@@ -255,7 +255,7 @@ def plot_quality_latency(result: Mapping[str, Any], path: str | os.PathLike[str]
             color=INK,
         )
     axes.set_xlabel("Milliseconds a query after the prefill (median, log scale)")
-    axes.set_title("Recall@10 against the time to a ranking", loc="left", color=INK)
+    axes.set_title("Recall@10 against the time to a query vector", loc="left", color=INK)
     axes.xaxis.set_major_formatter("{x:g}")
     _label_points(figure, axes, points)
     figure.savefig(path, dpi=150)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from native_retrieval.conversations import full_history, last_question, turns
 from native_retrieval.data import Task, load_task
 from native_retrieval.index import DocumentIndex
-from native_retrieval.pipelines import METHODS, Comparison, full_history, last_question, turns
+from native_retrieval.pipelines import METHODS, Comparison
 from native_retrieval.report import METHOD_ORDER
 
 
