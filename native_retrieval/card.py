@@ -1,5 +1,6 @@
 """The model card: the template `model_card.md`, filled from what training and evaluation left in the model's folder."""
 
+import argparse
 import json
 import math
 import os
@@ -105,3 +106,11 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
 def _name(source: str) -> str:
     """A Hub id as it is; of a local path the last part, so that no card tells of its author's disk."""
     return Path(source).name if Path(source).exists() else source
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write a saved model's card anew, with results of eval.py in it.")
+    parser.add_argument("model", help="folder that train.py has saved")
+    parser.add_argument("results", nargs="*", help="result files of eval.py; their figures are copied too")
+    words = parser.parse_args()
+    print(write_model_card(words.model, words.results))

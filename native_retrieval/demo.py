@@ -109,7 +109,10 @@ class Settings:
     recipe: Path = ROOT / "configs" / "demo.yaml"
     train_arguments: tuple[str, ...] = ()
     # The recipe trains the context mode; the written mode costs a query by the backbone for every training row.
-    eval_arguments: tuple[str, ...] = ("--methods", *(name for name in METHODS if name != "native-generated"))
+    eval_arguments: tuple[str, ...] = (
+        *("--latency_queries", "10"),
+        *("--methods", *(name for name in METHODS if name != "native-generated")),
+    )
     script: tuple[str, ...] = SCRIPT
 
 

@@ -1,0 +1,59 @@
+"""The model card: complete, valid for the Hub, and silent about its author's disk."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from native_retrieval.card import write_model_card
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    tiny_model.save_pretrained(folder)
+    facts = {
+        "backbone": str(tmp_path),
+        "teacher": "someone/teacher",
+        "train_data": {"logs": 12},
+        "plain_texts": 3,
+        "query_modes": ["context"],
+        "command": "train.py recipe.yaml",
+        "recipe": {"learning_rate": 1e-3},
+        "dev": [{"eval_recall@10": 0.5}],
+    }
+    (folder / "training.json").write_text(json.dumps(facts))
+    return folder
+
+
+def result(folder):
+    method = {"recall@10": 0.5, "mrr@10": 0.25, "ndcg@10": 0.3, "latency_ms": None, "delta": None, "ranks": [1, None]}
+    content = {
+        "dataset": "logs",
+        "split": "test",
+        "num_queries": 2,
+        "num_documents": 5,
+        "command": "eval.py ...",
+        "baseline": "generate-then-encode",
+        "methods": {"native-context": {**method, "wins_ties_losses": None}},
+    }
+    path = folder / "logs-test.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_card_holds_results_and_is_valid_metadata(saved, tmp_path):
+    card = ModelCard(write_model_card(saved, [result(tmp_path)]).read_text())
+    assert card.data.eval_results[0].metric_value == 0.5
+    assert card.data.library_name == "transformers"
+    assert "0.500" in card.text and "logs" in card.text and "{{" not in card.text
+    assert str(tmp_path) not in str(card)
+
+
+def test_card_without_results_shows_dev(saved):
+    assert "0.500" in write_model_card(saved).read_text()
+
+
+def test_card_needs_a_trained_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="training.json"):
+        write_model_card(tmp_path)
