@@ -85,6 +85,13 @@ class DataArguments:
         default_factory=list, metadata={"help": "Text files or corpora whose sentences train the alignment."}
     )
     num_plain_texts: int = field(default=10_000, metadata={"help": "Sentences taken of them, evenly spaced."})
+    turns_as_text: bool = field(
+        default=True,
+        metadata={"help": "User turns of train_data are plain texts too: questions, as the head will meet."},
+    )
+    plain_text_share: float = field(
+        default=0.25, metadata={"help": "Plain texts among the conversations, as a share of these, against forgetting."}
+    )
     plain_text_epochs: int = field(default=2, metadata={"help": "Passes over the sentences before the conversations."})
     gold_share: float = field(
         default=0.5, metadata={"help": "How far the target of a query without a rewrite moves to its document, 0 to 1."}
@@ -272,25 +279,24 @@ def main(argv: list[str]) -> None:
         "train_data": {name: len(queries) for name, queries, _ in train},
         "dev_data": {name: len(queries) for name, queries, _ in dev},
         "plain_texts": len(texts),
+        "turns_as_text": data_args.turns_as_text,
         "query_modes": data_args.query_modes,
         "command": " ".join(["train.py", *argv]),
     }
     output_dir = Path(training_args.output_dir)
     resume = run_args.resume and output_dir.is_dir() and get_last_checkpoint(str(output_dir)) is not None
 
-    if texts and not resume and data_args.plain_text_epochs:
-        print(f"Stage a: alignment on {len(texts)} plain texts", flush=True)
-        rows = [{"messages": [{"role": "user", "content": text}], "rewrite": text, "gold": []} for text in texts]
-        plain = build_examples(
-            model,
-            teacher,
-            datasets.Dataset.from_list(rows),
-            None,
-            "context",
-            id_offset=offset,
-            name="plain text",
-            **common,
-        )
+    plain_parts = []
+    questions = sorted({m["content"] for _, q, _ in train for ms in q["messages"] for m in ms if m["role"] == "user"})
+    questions = [text for text in questions if len(text.split()) > 3] if data_args.turns_as_text else []
+    for name, some in (("plain text", texts), ("questions", questions)):
+        if some and data_args.plain_text_epochs:
+            rows = [{"messages": [{"role": "user", "content": text}], "rewrite": text, "gold": []} for text in some]
+            plain_parts.append(examples(name, datasets.Dataset.from_list(rows), None, "context"))
+            offset += len(rows)
+
+    if plain_parts and not resume:
+        print(f"Stage a: alignment on {sum(map(len, plain_parts))} plain texts", flush=True)
         stage = dataclasses.replace(
             training_args,
             num_train_epochs=data_args.plain_text_epochs,
@@ -301,9 +307,14 @@ def main(argv: list[str]) -> None:
             load_best_model_at_end=False,
             push_to_hub=False,
         )
-        NativeRetrievalTrainer(model, stage, plain).train()
+        NativeRetrievalTrainer(model, stage, ConcatDataset(plain_parts)).train()
 
-    print(f"Stage b: {sum(map(len, train_parts))} examples from conversations", flush=True)
+    wanted = round(data_args.plain_text_share * sum(map(len, train_parts)))
+    for part in plain_parts:
+        count = min(len(part), wanted * len(part) // sum(map(len, plain_parts)))
+        if count:
+            train_parts.append(part.subset(range(0, len(part) // count * count, len(part) // count)))
+    print(f"Stage b: {sum(map(len, train_parts))} examples, conversations and some plain text", flush=True)
     trainer = NativeRetrievalTrainer(
         model, training_args, ConcatDataset(train_parts), eval_dataset, facts=facts, processing_class=model.tokenizer
     )

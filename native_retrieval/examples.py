@@ -5,7 +5,7 @@ corpus or its features.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,6 +53,20 @@ class RetrievalExamples(torch.utils.data.Dataset):
     @property
     def lengths(self) -> list[int]:
         return [len(sequence) for sequence in self.sequences]
+
+    def subset(self, rows: Sequence[int]) -> "RetrievalExamples":
+        """Some of the queries, sharing everything that lies on disk."""
+        rows, store = list(rows), self.store
+        return replace(
+            self,
+            sequences=[self.sequences[i] for i in rows],
+            num_read=[self.num_read[i] for i in rows],
+            targets=self.targets[rows],
+            positives=[self.positives[i] for i in rows],
+            ranking=None if self.ranking is None else self.ranking[rows],
+            hard_negatives=None if self.hard_negatives is None else self.hard_negatives[rows],
+            store=None if store is None else FeatureStore(store.states, store.starts[rows], store.lengths[rows]),
+        )
 
     def __getitem__(self, i: int) -> dict:
         positives = self.positives[i]
