@@ -93,6 +93,9 @@ class DataArguments:
         default=0.25, metadata={"help": "Plain texts among the conversations, as a share of these, against forgetting."}
     )
     plain_text_epochs: int = field(default=2, metadata={"help": "Passes over the sentences before the conversations."})
+    plain_text_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Peak learning rate on plain text; conversations want a lower one."}
+    )
     gold_share: float = field(
         default=0.5, metadata={"help": "How far the target of a query without a rewrite moves to its document, 0 to 1."}
     )
@@ -300,6 +303,7 @@ def main(argv: list[str]) -> None:
         stage = dataclasses.replace(
             training_args,
             num_train_epochs=data_args.plain_text_epochs,
+            learning_rate=data_args.plain_text_learning_rate,
             rank_weight=0.0,
             alignment_weight=training_args.alignment_weight or 1.0,
             eval_strategy="no",

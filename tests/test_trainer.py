@@ -272,3 +272,14 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
 def test_shipped_recipes_parse():
     for recipe in ("demo", "qrecc", "paper", "ablation"):
         train.parse([f"configs/{recipe}.yaml", *(["--bf16", "false"] if recipe == "paper" else [])])
+
+
+def test_a_subset_is_the_same_examples(examples):
+    dataset = examples(num_hard_negatives=2)
+    part = dataset.subset([3, 1])
+    assert len(part) == 2 and part.lengths == [dataset.lengths[3], dataset.lengths[1]]
+    for i, row in enumerate((3, 1)):
+        for key in ("input_ids", "num_read", "positive_ids"):
+            assert part[i][key] == dataset[row][key]
+        for key in ("target", "positive", "ranking", "negatives", "hidden_states"):
+            assert torch.equal(torch.as_tensor(part[i][key]), torch.as_tensor(dataset[row][key]))
