@@ -39,6 +39,7 @@ METHOD_ORDER = (
     "native-probe",
 )
 CUTOFF = 10
+MIN_QUERIES_DRAWN = 5
 TURN_BINS = (("1", 1, 1), ("2", 2, 2), ("3", 3, 3), ("4–5", 4, 5), ("6–8", 6, 8), ("9+", 9, None))
 
 # Okabe and Ito's palette: told apart by colour-blind readers. Our methods have the colours, the others are grey.
@@ -181,7 +182,9 @@ def plot_by_turn(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
     """Draws Recall@10 over the number of user turns so far, a line a method, with the queries counted below."""
     turns = np.asarray(result["turns"])
     groups = [(name, (turns >= first) & (turns <= (last or np.inf))) for name, first, last in TURN_BINS]
-    groups = [(name, group) for name, group in groups if group.any()]
+    # A point of one or two queries is 0 or 1 by chance, and draws the eye; a tiny set has nothing else to show.
+    least = MIN_QUERIES_DRAWN if any(group.sum() >= MIN_QUERIES_DRAWN for _, group in groups) else 1
+    groups = [(name, group) for name, group in groups if group.sum() >= least]
 
     figure, axes = _figure(7.5, 4.4)
     ends = []
