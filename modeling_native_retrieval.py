@@ -145,6 +145,18 @@ def build_prompt(tokenizer, messages: Conversation, max_tokens: int, special_tok
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class ZeroLinear(nn.Linear):
+    """
+    A linear layer that starts at zero, so that training begins from what stands beside it.
+
+    Its output is divided by its width (as in muP, arXiv 2203.03466): Adam moves every weight by the learning rate, and
+    thousands of them that agree would drown a unit vector in the first step.
+    """
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return F.linear(states, self.weight / self.in_features, self.bias)
+
+
 class ProjectionHead(nn.Module):
     """
     The paper's head, over several layers: linear in, learned positions, transformer encoder, masked mean, linear out;
@@ -175,8 +187,10 @@ class ProjectionHead(nn.Module):
             for _ in range(config.head_num_layers)
         )
         self.norm_out = nn.LayerNorm(config.head_dim)
-        self.linear_out = nn.Linear(config.head_dim, config.embedding_dim)
-        self.skip = nn.Linear(2 * num_layers * hidden_size, config.embedding_dim) if config.head_skip else None
+        # Beside a copy path, training starts from the words and learns what to add to them.
+        linear_out = ZeroLinear if config.copy_num_heads else nn.Linear
+        self.linear_out = linear_out(config.head_dim, config.embedding_dim)
+        self.skip = ZeroLinear(2 * num_layers * hidden_size, config.embedding_dim) if config.head_skip else None
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -234,7 +248,7 @@ class CopyPath(nn.Module):
         self.token_values = nn.Embedding(text.vocab_size, config.embedding_dim)
         self.token_salience = nn.Embedding(text.vocab_size, 1)
         self.gain = nn.Parameter(torch.empty(heads))
-        self.state_value = nn.Linear(heads * text.hidden_size, config.embedding_dim, bias=False)
+        self.state_value = ZeroLinear(heads * text.hidden_size, config.embedding_dim, bias=False)
         self.dropout = nn.Dropout(config.head_dropout)
 
     def forward(
@@ -346,17 +360,14 @@ class NativeRetrievalModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ProjectionHead):
-            if module.skip is not None:
-                init.zeros_(module.skip.weight)
-            if self.config.copy_num_heads:  # training starts from the words, and learns what to add to them
-                init.zeros_(module.linear_out.weight)
+        # Module by module: transformers passes over a custom module that has no parameters of its own.
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
         elif isinstance(module, CopyPath):
             init.normal_(module.key, std=0.02)
             init.constant_(module.gain, 1.0 / module.num_heads)
             init.zeros_(module.segment_bias.weight)
             init.zeros_(module.token_salience.weight)
-            init.zeros_(module.state_value.weight)
 
     @classmethod
     def from_backbone(
