@@ -284,6 +284,16 @@ class CopyPath(nn.Module):
         mixed = torch.einsum("bnt,bth->bnh", weights, states).flatten(1)
         return words + self.state_value(self.dropout(mixed)), attributions
 
+    def words(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """
+        The sum of token values that every head starts from, weighted by salience alone: `(batch, embedding_dim)`.
+
+        It needs no backbone, so it can be trained on a hundred thousand texts in minutes.
+        """
+        scores = self.BIAS_SCALE * self.token_salience(input_ids).squeeze(-1)
+        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+        return torch.einsum("bt,btd->bd", weights, self.token_values(input_ids))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
@@ -518,6 +528,7 @@ class NativeRetrievalModel(PreTrainedModel):
         attention_mask: torch.LongTensor | None = None,
         readout_mask: torch.BoolTensor | None = None,
         hidden_states: torch.Tensor | None = None,
+        words_only: bool = False,
     ) -> NativeRetrievalOutput:
         """
         Prompts to query vectors. Gradients reach the head only.
@@ -528,9 +539,16 @@ class NativeRetrievalModel(PreTrainedModel):
                 default each prompt's last `num_context_tokens`.
             hidden_states (`(batch, tokens, layers, hidden_size)`, *optional*): the backbone's, at
                 `hidden_state_layers`, when they have been computed before; the backbone is then not run.
+            words_only (`bool`): the copy path's words, weighted by salience alone, of any text; for its training.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if words_only:
+            if self.copy_path is None:
+                raise ValueError("words_only=True needs a copy path; this model has copy_num_heads=0")
+            return NativeRetrievalOutput(
+                query_embeddings=F.normalize(self.copy_path.words(input_ids, attention_mask.bool()), dim=-1)
+            )
         if hidden_states is None:
             hidden_states = self.prefill(input_ids, attention_mask, use_cache=False).hidden_states
         if hidden_states.shape[:2] != input_ids.shape:

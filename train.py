@@ -84,17 +84,20 @@ class DataArguments:
     plain_text: list[str] = field(
         default_factory=list, metadata={"help": "Text files or corpora whose sentences train the alignment."}
     )
-    num_plain_texts: int = field(default=10_000, metadata={"help": "Sentences taken of them, evenly spaced."})
+    num_plain_texts: int = field(default=100_000, metadata={"help": "Sentences taken of them, evenly spaced."})
     turns_as_text: bool = field(
         default=True,
-        metadata={"help": "User turns of train_data are plain texts too: questions, as the head will meet."},
+        metadata={
+            "help": "User turns and rewrites of train_data are plain texts too: questions, as the head will meet."
+        },
     )
+    word_epochs: int = field(
+        default=5, metadata={"help": "Stage a: passes over the plain texts that train the copy path's words (0: none)."}
+    )
+    word_learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of stage a."})
+    word_batch_size: int = field(default=512, metadata={"help": "Texts a step and device in stage a."})
     plain_text_share: float = field(
-        default=0.25, metadata={"help": "Plain texts among the conversations, as a share of these, against forgetting."}
-    )
-    plain_text_epochs: int = field(default=2, metadata={"help": "Passes over the sentences before the conversations."})
-    plain_text_learning_rate: float = field(
-        default=1e-3, metadata={"help": "Peak learning rate on plain text; conversations want a lower one."}
+        default=0.25, metadata={"help": "Stage b: plain texts among the conversations, as a share of these."}
     )
     gold_share: float = field(
         default=0.5, metadata={"help": "How far the target of a query without a rewrite moves to its document, 0 to 1."}
@@ -177,6 +180,12 @@ def load_queries_of(entry: str, default_split: str):
     return name, task.queries, task.corpus
 
 
+def evenly(items: list, count: int) -> list:
+    """`count` of the items at most, evenly spaced."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def main(argv: list[str]) -> None:
     model_args, data_args, run_args, training_args = parse(argv)
     for name, value in (("backbone", model_args.backbone), ("teacher", model_args.teacher)):
@@ -195,7 +204,7 @@ def main(argv: list[str]) -> None:
     from configuration_native_retrieval import QUERY_MODES
     from modeling_native_retrieval import NativeRetrievalModel
     from native_retrieval.data import drop_overlap, load_texts
-    from native_retrieval.examples import build_examples
+    from native_retrieval.examples import build_examples, build_texts
     from native_retrieval.teacher import Teacher
     from native_retrieval.trainer import NativeRetrievalTrainer
 
@@ -220,9 +229,7 @@ def main(argv: list[str]) -> None:
             queries = queries.select(range(min(data_args.max_train_queries, len(queries))))
         train.append((name, queries, corpus))
     texts = [text for source in data_args.plain_text for text in load_texts(source)["text"]]
-    if texts:
-        step = max(1, len(texts) // data_args.num_plain_texts)
-        texts = texts[::step][: data_args.num_plain_texts]
+    texts = evenly(texts, data_args.num_plain_texts)
 
     teacher = Teacher(model_args.teacher, model_args.teacher_revision, cache_dir=data_args.cache_dir)
     fields = {k: v for k, v in vars(model_args).items() if k not in ("backbone", "teacher") and v is not None}
@@ -289,21 +296,18 @@ def main(argv: list[str]) -> None:
     output_dir = Path(training_args.output_dir)
     resume = run_args.resume and output_dir.is_dir() and get_last_checkpoint(str(output_dir)) is not None
 
-    plain_parts = []
-    questions = sorted({m["content"] for _, q, _ in train for ms in q["messages"] for m in ms if m["role"] == "user"})
-    questions = [text for text in questions if len(text.split()) > 3] if data_args.turns_as_text else []
-    for name, some in (("plain text", texts), ("questions", questions)):
-        if some and data_args.plain_text_epochs:
-            rows = [{"messages": [{"role": "user", "content": text}], "rewrite": text, "gold": []} for text in some]
-            plain_parts.append(examples(name, datasets.Dataset.from_list(rows), None, "context"))
-            offset += len(rows)
-
-    if plain_parts and not resume:
-        print(f"Stage a: alignment on {sum(map(len, plain_parts))} plain texts", flush=True)
+    questions = {m["content"] for _, q, _ in train for ms in q["messages"] for m in ms if m["role"] == "user"}
+    questions |= {rewrite for _, q, _ in train for rewrite in q["rewrite"] if rewrite}
+    questions = sorted(text for text in questions if len(text.split()) > 3) if data_args.turns_as_text else []
+    if model.copy_path is not None and data_args.word_epochs and (texts or questions) and not resume:
+        words = build_texts(model, teacher, [*texts, *questions], "plain texts")
+        print(f"Stage a: the vocabulary's vectors, from {len(words)} plain texts", flush=True)
         stage = dataclasses.replace(
             training_args,
-            num_train_epochs=data_args.plain_text_epochs,
-            learning_rate=data_args.plain_text_learning_rate,
+            num_train_epochs=data_args.word_epochs,
+            learning_rate=data_args.word_learning_rate,
+            token_learning_rate=data_args.word_learning_rate,
+            per_device_train_batch_size=data_args.word_batch_size,
             rank_weight=0.0,
             alignment_weight=training_args.alignment_weight or 1.0,
             eval_strategy="no",
@@ -311,13 +315,16 @@ def main(argv: list[str]) -> None:
             load_best_model_at_end=False,
             push_to_hub=False,
         )
-        NativeRetrievalTrainer(model, stage, ConcatDataset(plain_parts)).train()
+        NativeRetrievalTrainer(model, stage, words).train()
 
+    # Single questions and sentences among the conversations: a vector may not drift off a text that stands alone.
     wanted = round(data_args.plain_text_share * sum(map(len, train_parts)))
-    for part in plain_parts:
-        count = min(len(part), wanted * len(part) // sum(map(len, plain_parts)))
-        if count:
-            train_parts.append(part.subset(range(0, len(part) // count * count, len(part) // count)))
+    for name, some in (("plain text", texts), ("questions", questions)):
+        some = evenly(some, wanted * len(some) // max(1, len(texts) + len(questions)))
+        if some:
+            rows = [{"messages": [{"role": "user", "content": text}], "rewrite": text, "gold": []} for text in some]
+            train_parts.append(examples(name, datasets.Dataset.from_list(rows), None, "context"))
+            offset += len(rows)
     print(f"Stage b: {sum(map(len, train_parts))} examples, conversations and some plain text", flush=True)
     trainer = NativeRetrievalTrainer(
         model, training_args, ConcatDataset(train_parts), eval_dataset, facts=facts, processing_class=model.tokenizer

@@ -124,7 +124,7 @@ SMOKE = Settings(
     num_conversations=80,
     shares=(0.7, 0.15, 0.15),
     num_handwritten=40,
-    train_arguments=("--num_train_epochs", "1", "--num_plain_texts", "200", "--plain_text_epochs", "1"),
+    train_arguments=("--num_train_epochs", "1", "--num_plain_texts", "500", "--word_epochs", "1"),
     eval_arguments=("--latency_queries", "3", "--methods", "last-question", "generate-then-encode", "native-context"),
     script=SCRIPT[:2],
 )
@@ -703,7 +703,7 @@ class Demo:
             "teacher": _short(self.assets.teacher_dir),
             "train_data": data,
             "dev_data": data,
-            "plain_text": data,
+            "plain_text": _short(self.assets.corpus_file.parent),
             "output_dir": _short(self.model_dir),
             "cache_dir": _short(self.settings.state / "cache"),
         }

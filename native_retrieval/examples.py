@@ -5,7 +5,7 @@ corpus or its features.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class RetrievalExamples(torch.utils.data.Dataset):
         store (`FeatureStore`, *optional*): the backbone's states; without it the model computes them in each step.
         id_offset (`int`): tells the documents of several corpora apart.
         name (`str`): of the data set, for metrics.
+        words_only (`bool`): plain texts for the copy path's words; a batch then has all rows so, or none.
     """
 
     sequences: list[list[int]]
@@ -46,6 +47,7 @@ class RetrievalExamples(torch.utils.data.Dataset):
     store: FeatureStore | None = None
     id_offset: int = 0
     name: str = ""
+    words_only: bool = False
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -53,20 +55,6 @@ class RetrievalExamples(torch.utils.data.Dataset):
     @property
     def lengths(self) -> list[int]:
         return [len(sequence) for sequence in self.sequences]
-
-    def subset(self, rows: Sequence[int]) -> "RetrievalExamples":
-        """Some of the queries, sharing everything that lies on disk."""
-        rows, store = list(rows), self.store
-        return replace(
-            self,
-            sequences=[self.sequences[i] for i in rows],
-            num_read=[self.num_read[i] for i in rows],
-            targets=self.targets[rows],
-            positives=[self.positives[i] for i in rows],
-            ranking=None if self.ranking is None else self.ranking[rows],
-            hard_negatives=None if self.hard_negatives is None else self.hard_negatives[rows],
-            store=None if store is None else FeatureStore(store.states, store.starts[rows], store.lengths[rows]),
-        )
 
     def __getitem__(self, i: int) -> dict:
         positives = self.positives[i]
@@ -78,6 +66,7 @@ class RetrievalExamples(torch.utils.data.Dataset):
             # Plain text has no document: it is its own positive.
             "positive": self.documents[positives[0]] if positives else self.targets[i],
             "positive_ids": [self.id_offset + row for row in positives] or [self.id_offset + len(self.documents) + i],
+            "words_only": self.words_only,
         }
         if self.store is not None:
             item["hidden_states"] = self.store[i]
@@ -99,6 +88,7 @@ def collate(items: Sequence[dict]) -> dict[str, torch.Tensor]:
         "readout_mask": torch.zeros(len(items), width, dtype=torch.bool),
         "targets": torch.from_numpy(np.stack([item["target"] for item in items])),
         "positives": torch.from_numpy(np.stack([item["positive"] for item in items])),
+        "words_only": items[0]["words_only"],
     }
     known = max(len(item["positive_ids"]) for item in items)
     batch["positive_ids"] = torch.full((len(items), known), -1)
@@ -131,6 +121,17 @@ def collate(items: Sequence[dict]) -> dict[str, torch.Tensor]:
             if "negative_ids" in item:
                 batch["negative_ids"][row, : len(item["negative_ids"])] = torch.from_numpy(item["negative_ids"])
     return batch
+
+
+def build_texts(model: NativeRetrievalModel, teacher: Teacher, texts: Sequence[str], name: str) -> RetrievalExamples:
+    """Plain texts for the copy path's words: tokens without a chat template, the teacher's vector as the target."""
+    sequences = model.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    keep = [i for i, sequence in enumerate(sequences) if sequence]
+    targets = teacher.cached([texts[i] for i in keep], "query", f"Teacher: {name}", half_precision=True)
+    sequences = [sequences[i] for i in keep]
+    return RetrievalExamples(
+        sequences, [1] * len(keep), targets, targets[:0], [[] for _ in keep], name=name, words_only=True
+    )
 
 
 def build_examples(

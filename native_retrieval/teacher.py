@@ -15,6 +15,7 @@ from typing import Literal
 
 import faiss
 import numpy as np
+import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
@@ -87,19 +88,31 @@ class Teacher:
         return np.packbits(bits.ravel()).tobytes().hex()
 
     def encode(
-        self, texts: Sequence[str], kind: Literal["query", "document"] = "query", progress: str | None = None
+        self,
+        texts: Sequence[str],
+        kind: Literal["query", "document"] = "query",
+        progress: str | None = None,
+        half_precision: bool = False,
     ) -> np.ndarray:
         """
         Unit vectors of texts, float32 `(len(texts), dimension)`, with the teacher's own query or document prompt.
+
+        `half_precision` computes them in bfloat16, several times as fast where the processor has it: the cosine to the
+        exact vector is above 0.999, which is plenty for a training target, and nothing else should use it.
 
         Raises:
             `ValueError`: if a vector comes out zero or not finite, naming the text's number.
         """
         encode = self.model.encode_query if kind == "query" else self.model.encode_document
+        device = self.model.device.type
+        half_precision = half_precision and _computes_in_bfloat16(device)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         chunk = 16 * self.batch_size
-        with tqdm(total=len(texts), desc=progress, unit="text", disable=progress is None) as bar:
+        with (
+            tqdm(total=len(texts), desc=progress, unit="text", disable=progress is None) as bar,
+            torch.autocast(device, torch.bfloat16, enabled=half_precision),
+        ):
             for begin in range(0, len(order), chunk):
                 rows = order[begin : begin + chunk]
                 vectors[rows] = encode(
@@ -115,10 +128,14 @@ class Teacher:
             raise ValueError(f"the teacher {self.name_or_path!r} gives text {bad[0]} a zero or non-finite vector")
         return vectors
 
-    def cached(self, texts: Sequence[str], kind: Literal["query", "document"], progress: str) -> np.ndarray:
+    def cached(
+        self, texts: Sequence[str], kind: Literal["query", "document"], progress: str, half_precision: bool = False
+    ) -> np.ndarray:
         """As [`encode`], memory-mapped from the cache, computed first if it is not there."""
-        key = _key(self.fingerprint, kind, *texts)
-        return cached_array(self.cache_dir, f"vectors-{key}", lambda: self.encode(texts, kind, progress))
+        key = _key(self.fingerprint, kind, *(["half precision"] if half_precision else []), *texts)
+        return cached_array(
+            self.cache_dir, f"vectors-{key}", lambda: self.encode(texts, kind, progress, half_precision)
+        )
 
     def documents(self, corpus: Dataset) -> np.ndarray:
         """Vectors of a corpus with columns `title` and `text`, float32 `(documents, dimension)`."""
@@ -129,6 +146,12 @@ class Teacher:
         k = min(k, len(documents))
         key = _key(self.fingerprint, str(k), _array_key(targets), _array_key(documents))
         return cached_array(self.cache_dir, f"ranking-{key}", lambda: search(documents, targets, k)[1].astype(np.int32))
+
+
+def _computes_in_bfloat16(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def document_texts(corpus: Dataset) -> list[str]:

@@ -34,7 +34,10 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
     contrastive_temperature: float = field(default=0.05, metadata={"help": "Temperature of InfoNCE."})
     rank_temperature: float = field(default=0.05, metadata={"help": "Temperature of the rank distillation."})
 
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of the head."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the head."})
+    token_learning_rate: float | None = field(
+        default=None, metadata={"help": "That of the copy path's token values and salience (default: a tenth of it)."}
+    )
     per_device_train_batch_size: int = field(
         default=64, metadata={"help": "Queries a device; also the in-batch negatives."}
     )
@@ -103,6 +106,19 @@ class NativeRetrievalTrainer(Trainer):
         # A Trainer would otherwise read the loss's normalisation off forward's signature.
         self.model_accepts_loss_kwargs = False
 
+    def create_optimizer(self, *args, **kwargs):
+        """As in transformers, with a learning rate of their own for the vectors of the vocabulary."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        copy_path = self.accelerator.unwrap_model(self.model).copy_path
+        if copy_path is not None:
+            tokens = [copy_path.token_values.weight, copy_path.token_salience.weight]
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if not any(p is token for token in tokens)]
+            rate = self.args.token_learning_rate
+            rate = 0.1 * self.args.learning_rate if rate is None else rate
+            optimizer.add_param_group({"params": tokens, "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
     # -- the loss -----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -111,6 +127,7 @@ class NativeRetrievalTrainer(Trainer):
             attention_mask=inputs["attention_mask"],
             readout_mask=inputs["readout_mask"],
             hidden_states=inputs.get("hidden_states"),
+            words_only=inputs["words_only"],
         )
         parts = self.loss_parts(outputs.query_embeddings, inputs)
         loss = sum(getattr(self.args, f"{name}_weight") * part for name, part in parts.items())

@@ -200,7 +200,9 @@ class StubTeacher:
     def fingerprint(self) -> str:
         return hashlib.sha256(self.name_or_path.encode()).hexdigest()
 
-    def encode(self, texts: Sequence[str], kind: str = "query", progress: str | None = None) -> np.ndarray:
+    def encode(
+        self, texts: Sequence[str], kind: str = "query", progress: str | None = None, half_precision: bool = False
+    ) -> np.ndarray:
         vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
         for row, text in enumerate(texts):
             for word in re.findall(r"\w+", text.lower()) or [text]:
@@ -208,8 +210,7 @@ class StubTeacher:
                 vectors[row] += np.frombuffer(digest, dtype=np.uint8)[: self.dimension].astype(np.float32) - 127.5
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    def cached(self, texts: Sequence[str], kind: str = "query", progress: str | None = None) -> np.ndarray:
-        return self.encode(texts, kind, progress)
+    cached = encode
 
     def documents(self, corpus) -> np.ndarray:
         texts = [f"{title} {text}".strip() for title, text in zip(corpus["title"], corpus["text"], strict=True)]

@@ -988,6 +988,31 @@ def test_the_copy_path_starts_from_the_teachers_vectors_of_single_tokens(
         assert_close(model.copy_path.token_values.weight[ids[0]].detach(), wanted)
 
 
+def test_a_new_model_starts_from_the_words(make_backbone, tiny_tokenizer: PreTrainedTokenizerFast, stub_teacher):
+    """Everything beside them starts at zero; transformers leaves out the initialisation of some modules silently."""
+    model = NativeRetrievalModel.from_backbone(make_backbone(), stub_teacher, tokenizer=tiny_tokenizer)
+    for layer in (model.head.linear_out, model.head.skip, model.copy_path.state_value):
+        assert not layer.weight.any()
+    tokens = tiny_tokenizer("where is the bridge", add_special_tokens=False)["input_ids"]
+    words = torch.from_numpy(stub_teacher.encode([tiny_tokenizer.decode([i]) for i in tokens]))
+    vector = model(torch.tensor([tokens]), words_only=True).query_embeddings
+    assert torch.allclose(vector[0], torch.nn.functional.normalize(words.mean(0), dim=0), atol=1e-5)
+
+
+def test_words_do_not_depend_on_order_or_padding(tiny_model: NativeRetrievalModel):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    vector = tiny_model(ids, words_only=True).query_embeddings
+    assert torch.allclose(tiny_model(ids.flip(1), words_only=True).query_embeddings, vector, atol=1e-6)
+    padded = torch.tensor([[9, 9, 5, 6, 7, 8]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    assert torch.allclose(tiny_model(padded, mask, words_only=True).query_embeddings, vector, atol=1e-6)
+
+
+def test_words_need_a_copy_path(make_model: Callable[..., NativeRetrievalModel]):
+    with pytest.raises(ValueError, match="copy_num_heads=0"):
+        make_model(copy_num_heads=0)(torch.tensor([[5]]), words_only=True)
+
+
 def test_a_teacher_of_another_dimension_is_refused(
     make_model: Callable[..., NativeRetrievalModel], stub_teacher: StubTeacher
 ):

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from conftest import StubTeacher
 from datasets import Dataset
 from hypothesis import given
@@ -27,6 +28,7 @@ class FakeSentenceTransformer:
     encoded: list[str] = []
     max_seq_length = 64
     tokenizer = None
+    device = torch.device("cpu")
 
     def __init__(self, name_or_path: str, revision: str | None = None, **kwargs):
         self.name_or_path, self.revision = name_or_path, revision
@@ -296,6 +298,14 @@ def test_search_gives_scores_best_first(vectors: tuple[np.ndarray, np.ndarray]):
     np.testing.assert_allclose(scores, np.take_along_axis(targets @ documents.T, rows, 1), atol=1e-5)
 
 
+def test_half_precision_has_a_cache_of_its_own(tmp_path: Path):
+    teacher = Teacher("mine", cache_dir=tmp_path)
+    teacher.cached(TEXTS, "query", "exact")
+    before = len(FakeSentenceTransformer.encoded)
+    teacher.cached(TEXTS, "query", "fast", half_precision=True)
+    assert len(FakeSentenceTransformer.encoded) == before + len(TEXTS)
+
+
 def test_the_stub_of_the_other_tests_has_the_interface(stub_teacher: StubTeacher):
     for name in ("dimension", "fingerprint", "name_or_path", "revision", "encode", "cached", "documents", "ranking"):
         assert hasattr(stub_teacher, name) and hasattr(Teacher("mine"), name), name
@@ -321,3 +331,9 @@ def test_a_real_teacher(real_teacher: Teacher):
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.2
     assert len(real_teacher.fingerprint) == 64
     assert same_teacher(real_teacher.fingerprint, Teacher(REAL_TEACHER, batch_size=2).fingerprint)
+
+
+def test_half_precision_is_close(real_teacher: Teacher):
+    texts = ["Who built the bridge?", "Wolves hunt in packs and mate for life. " * 20, "a"]
+    exact, fast = real_teacher.encode(texts), real_teacher.encode(texts, half_precision=True)
+    assert fast.dtype == np.float32 and ((exact * fast).sum(1) > 0.999).all()

@@ -1,5 +1,6 @@
 """The Trainer: what it optimises, logs, keeps and resumes; and train.py from the command line."""
 
+import copy
 import json
 
 import numpy as np
@@ -9,7 +10,8 @@ from transformers import AutoModel
 
 import train
 from native_retrieval.data import load_task
-from native_retrieval.examples import build_examples, collate
+from native_retrieval.examples import build_examples, build_texts, collate
+from native_retrieval.losses import alignment_loss
 from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
 
 
@@ -191,6 +193,41 @@ def test_generated_mode_reads_the_written_query(tiny_model, examples):
         assert sequence[-count - len(start) : -count] == start
 
 
+def test_words_learn_from_plain_text_without_the_backbone(tiny_model, stub_teacher, tmp_path, monkeypatch):
+    texts = [f"the {a} bridge over the {b} river" for a in ("old", "new", "red") for b in ("wide", "cold", "long")]
+    dataset = build_texts(tiny_model, stub_teacher, texts, "texts")
+    monkeypatch.setattr(tiny_model, "prefill", lambda *a, **k: pytest.fail("the backbone ran"))
+    model = copy.deepcopy(tiny_model)
+
+    def distance():
+        batch = collate([dataset[i] for i in range(len(dataset))])
+        with torch.no_grad():
+            output = model(batch["input_ids"], batch["attention_mask"], words_only=True)
+        return alignment_loss(output.query_embeddings, batch["targets"]).item()
+
+    before = distance()
+    args = NativeRetrievalTrainingArguments(
+        **{"output_dir": str(tmp_path), "num_train_epochs": 10, "rank_weight": 0.0, "learning_rate": 1e-2},
+        **{"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "use_cpu": True},
+        token_learning_rate=1e-2,
+    )
+    NativeRetrievalTrainer(model, args, dataset).train()
+    assert distance() < before
+
+
+def test_the_vocabulary_has_a_learning_rate_of_its_own(tiny_model, examples, tmp_path):
+    args = NativeRetrievalTrainingArguments(
+        **{"output_dir": str(tmp_path), "learning_rate": 1e-2, "use_cpu": True, "weight_decay": 0.5},
+        **{"eval_strategy": "no", "load_best_model_at_end": False},
+    )
+    optimizer = NativeRetrievalTrainer(copy.deepcopy(tiny_model), args, examples()).create_optimizer()
+    rates = {p.shape: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates[tiny_model.copy_path.token_values.weight.shape] == pytest.approx(1e-3)
+    assert rates[tiny_model.head.linear_in.weight.shape] == 1e-2
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(trained) == len({id(p) for p in trained}) == sum(p.requires_grad for p in tiny_model.parameters())
+
+
 # -- from the command line --------------------------------------------------------------------------------------------
 
 
@@ -272,14 +309,3 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
 def test_shipped_recipes_parse():
     for recipe in ("demo", "qrecc", "paper", "ablation"):
         train.parse([f"configs/{recipe}.yaml", *(["--bf16", "false"] if recipe == "paper" else [])])
-
-
-def test_a_subset_is_the_same_examples(examples):
-    dataset = examples(num_hard_negatives=2)
-    part = dataset.subset([3, 1])
-    assert len(part) == 2 and part.lengths == [dataset.lengths[3], dataset.lengths[1]]
-    for i, row in enumerate((3, 1)):
-        for key in ("input_ids", "num_read", "positive_ids"):
-            assert part[i][key] == dataset[row][key]
-        for key in ("target", "positive", "ranking", "negatives", "hidden_states"):
-            assert torch.equal(torch.as_tensor(part[i][key]), torch.as_tensor(dataset[row][key]))
