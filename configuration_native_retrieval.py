@@ -7,7 +7,7 @@ Ships to the Hub beside `modeling_native_retrieval.py`; imports transformers onl
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-QUERY_MODES = ("context", "generated")
+QUERY_MODES = ("context", "generated", "probe")
 
 
 class NativeRetrievalConfig(PreTrainedConfig):
@@ -35,10 +35,13 @@ class NativeRetrievalConfig(PreTrainedConfig):
 
     From the conversation to the vector:
 
-        query_mode (`"context"` or `"generated"`, defaults to `"context"`):
+        query_mode (`"context"`, `"generated"` or `"probe"`, defaults to `"context"`):
             What the head reads. `"context"`: the last `num_context_tokens` tokens of the prompt, which the prefill has
             computed anyway, so that no query is ever written. `"generated"` (arXiv 2603.08429): the tokens of a query
-            that the backbone writes first.
+            that the backbone writes first. `"probe"`: besides the context, `num_probe_tokens` learned tokens that go
+            through the backbone behind the prompt, with an adapter that acts on them alone.
+        num_probe_tokens (`int`, defaults to 0): learned tokens of `"probe"` mode; 0 leaves the mode out.
+        adapter_rank (`int`, defaults to 32): rank of the adapter (LoRA) of `"probe"` mode, on every linear layer.
         num_context_tokens (`int`, defaults to 16): tokens that the head reads in `"context"` mode.
         query_prompt (`str`): how the assistant's turn begins when the backbone is made to write a query.
         max_query_tokens (`int`, defaults to 32): tokens of a written query at most.
@@ -76,6 +79,8 @@ class NativeRetrievalConfig(PreTrainedConfig):
     teacher_fingerprint: str | None = None
 
     query_mode: str = "context"
+    num_probe_tokens: int = 0
+    adapter_rank: int = 32
     num_context_tokens: int = 16
     query_prompt: str = "Search query:"
     max_query_tokens: int = 32
@@ -102,7 +107,8 @@ class NativeRetrievalConfig(PreTrainedConfig):
         if self.copy_layer is None and self.hidden_state_layers:
             self.copy_layer = self.hidden_state_layers[len(self.hidden_state_layers) // 2]
         # A query prompt is a few words; 32 tokens are ample.
-        longest = max((getattr(text, "max_position_embeddings", None) or 2048) - self.max_query_tokens - 32, 1)
+        room = max(self.max_query_tokens + 32, self.num_probe_tokens)
+        longest = max((getattr(text, "max_position_embeddings", None) or 2048) - room, 1)
         if self.max_prompt_tokens is None:
             self.max_prompt_tokens = longest
         self._check(depth, longest)
@@ -118,6 +124,7 @@ class NativeRetrievalConfig(PreTrainedConfig):
         )
         for name in (
             "embedding_dim",
+            "adapter_rank",
             "num_context_tokens",
             "max_query_tokens",
             "max_prompt_tokens",
@@ -131,8 +138,12 @@ class NativeRetrievalConfig(PreTrainedConfig):
             f"max_prompt_tokens={self.max_prompt_tokens} leaves no room for a query of {self.max_query_tokens} tokens in "
             f"the backbone's context; at most {longest}",
         )
-        for name in ("head_num_layers", "copy_num_heads"):
+        for name in ("head_num_layers", "copy_num_heads", "num_probe_tokens"):
             need(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        need(
+            self.query_mode != "probe" or self.num_probe_tokens > 0,
+            "query_mode='probe' needs probe tokens; set num_probe_tokens, 8 for example",
+        )
         need(0.0 <= self.head_dropout < 1.0, f"head_dropout={self.head_dropout} must lie in [0, 1)")
         need(
             self.head_dim % self.head_num_attention_heads == 0,

@@ -41,6 +41,7 @@ The methods:
     bm25-full-history              BM25 on the whole conversation
     native-generated               the head on the hidden states of the query that the backbone writes: one model
     native-context                 the head on the hidden states of the prompt: one model, and no query is written
+    native-probe                   besides these, a few learned tokens behind the prompt: one model, about one decode step
 
 Milliseconds run from the finished prefill to the query vector, one query at a time. Search in the index, the same for
 every vector, is left out; BM25 has no vector, so its number is the scoring of all documents.
@@ -99,6 +100,10 @@ class EvalArguments:
         default=None,
         metadata={"help": "Directory for two figures: quality by depth of the conversation, quality against latency."},
     )
+    report: str | None = field(
+        default=None,
+        metadata={"help": "A Markdown file to write: where the best native mode fails, with its worst queries."},
+    )
     save_queries: bool = field(
         default=False, metadata={"help": "Put the queries that the backbone wrote into the result."}
     )
@@ -120,6 +125,10 @@ class EvalArguments:
             raise ValueError(f"--latency_queries is {self.latency_queries}, wanted 0 or more")
         if self.save_queries and "generate-then-encode" not in self.methods:
             raise ValueError("--save_queries needs generate-then-encode among --methods, which writes the queries")
+        if self.report and not (
+            "generate-then-encode" in self.methods and any(name.startswith("native-") for name in self.methods)
+        ):
+            raise ValueError("--report needs generate-then-encode and a native mode among --methods, to compare them")
         if Path(self.output).suffix != ".json":
             raise ValueError(f"--output is {self.output!r}, wanted a file that ends in .json")
         if Path(self.output).is_dir():
@@ -130,6 +139,7 @@ class EvalArguments:
         for flag, directory in (
             ("output", Path(self.output).parent),
             ("figures", self.figures),
+            ("report", Path(self.report).parent if self.report else None),
             ("cache_dir", self.cache_dir),
         ):
             if directory is not None:
@@ -260,12 +270,17 @@ def cached_index(cache_dir: str, task: "Task", teacher: "Teacher") -> "DocumentI
     )
 
 
-def choose_methods(methods: list[str], task: "Task") -> list[str]:
-    """Without human-rewrite, and a note, unless every query has a rewrite."""
+def choose_methods(methods: list[str], task: "Task", model: "NativeRetrievalModel") -> list[str]:
+    """Without human-rewrite unless every query has a rewrite, and without native-probe if the model has no probe."""
     lacking = sum(not rewrite.strip() for rewrite in task.queries["rewrite"])
-    if "human-rewrite" in methods and lacking:
-        methods = [name for name in methods if name != "human-rewrite"]
-        note = f"human-rewrite is left out: {lacking:,} of the {len(task.queries):,} queries have no rewrite"
+    notes = {}
+    if lacking:
+        notes["human-rewrite"] = f"{lacking:,} of the {len(task.queries):,} queries have no rewrite"
+    if model.probe is None:
+        notes["native-probe"] = "the model has no probe"
+    for name in [name for name in notes if name in methods]:
+        methods = [other for other in methods if other != name]
+        note = f"{name} is left out: {notes[name]}"
         if not methods:
             raise ValueError(f"{note}, and no other method is asked for")
         print(note, file=sys.stderr)
@@ -282,8 +297,8 @@ def evaluate(arguments: EvalArguments, command: str) -> dict[str, Any]:
     task = load_task(arguments.data, arguments.split)
     if len(task.queries) < 2:
         raise ValueError(f"{arguments.data}, split {arguments.split!r}: {len(task.queries)} queries, wanted at least 2")
-    methods = choose_methods(arguments.methods, task)
     model = load_model(arguments.model)
+    methods = choose_methods(arguments.methods, task, model)
     # Opened before the teacher is loaded, which can take long.
     index = open_index(arguments.index, task, model) if arguments.index else None
     teacher = load_teacher(arguments, model)
@@ -293,6 +308,7 @@ def evaluate(arguments: EvalArguments, command: str) -> dict[str, Any]:
     from native_retrieval.report import build_result
 
     comparison = Comparison(model, teacher, index, task.queries, methods, arguments.batch_size)
+    runs = comparison.runs()
     result = build_result(
         task.name,
         task.split,
@@ -300,7 +316,7 @@ def evaluate(arguments: EvalArguments, command: str) -> dict[str, Any]:
         list(task.queries["turn"]),
         len(index),
         command,
-        comparison.runs(),
+        runs,
         task.qrels,
         comparison.latencies(arguments.latency_queries),
     )
@@ -308,6 +324,11 @@ def evaluate(arguments: EvalArguments, command: str) -> dict[str, Any]:
     result["environment"]["dtype"] = str(model.backbone.dtype).removeprefix("torch.")
     if arguments.save_queries:
         result["methods"]["generate-then-encode"]["queries"] = comparison.backbone_pass.queries
+    if arguments.report:
+        from native_retrieval.failures import write_failure_report
+
+        for path in write_failure_report(arguments.report, result, runs, task, comparison):
+            print(f"Written: {path}")
     return result
 
 

@@ -11,7 +11,9 @@ The file reads in that order: messages to prompt, the two parts of the head, the
 import copy
 import os
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
 try:  # from the Hub the two files form a package; in the repository they are plain modules
@@ -169,7 +172,7 @@ class ProjectionHead(nn.Module):
         super().__init__()
         hidden_size = config.text_config.get_text_config().hidden_size
         num_layers = len(config.hidden_state_layers)
-        self.num_positions = max(config.num_context_tokens, config.max_query_tokens)
+        self.num_positions = max(config.num_context_tokens, config.max_query_tokens, config.num_probe_tokens)
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(num_layers))
         self.linear_in = nn.Linear(num_layers * hidden_size, config.head_dim)
         self.positions = nn.Embedding(self.num_positions, config.head_dim)
@@ -295,6 +298,49 @@ class CopyPath(nn.Module):
         return torch.einsum("bt,btd->bd", weights, self.token_values(input_ids))
 
 
+class Probe(nn.Module):
+    """
+    Learned tokens that ask the backbone for a query, behind any prompt: their embeddings, a low-rank adapter (LoRA, arXiv
+    2106.09685) of the backbone's linear layers that acts on them alone, and a head that reads their states.
+
+    Everything here is added to what the context gives, and starts at zero: an untrained probe changes nothing.
+    """
+
+    ADAPTER_SCALE = 2.0
+
+    def __init__(self, config: NativeRetrievalConfig, backbone: PreTrainedModel):
+        super().__init__()
+        text = config.text_config.get_text_config()
+        self.embeddings = nn.Parameter(torch.empty(config.num_probe_tokens, text.hidden_size))
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        for name, layer in _linear_layers(backbone):
+            # Conv1D, GPT-2's linear layer, keeps its weight the other way round.
+            width_in, width_out = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
+            self.down[name] = nn.Parameter(torch.empty(config.adapter_rank, width_in))
+            self.up[name] = nn.Parameter(torch.empty(width_out, config.adapter_rank))
+        self.head = ProjectionHead(config)
+        self.summary = ZeroLinear(2 * config.head_dim, 2 * config.head_dim)
+
+    def adapt(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
+        """What the adapter adds to the output of the linear layer of this name."""
+        return self.ADAPTER_SCALE * F.linear(F.linear(inputs.to(self.down[name].dtype), self.down[name]), self.up[name])
+
+
+def _linear_layers(backbone: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    layers = ((name, module) for name, module in backbone.base_model.named_modules())
+    return [(name.replace(".", "-"), module) for name, module in layers if isinstance(module, (nn.Linear, Conv1D))]
+
+
+# The probe whose tokens are passing through the backbone in this very call. Not a state of any module: another thread
+# that generates with the same backbone sees None (peft's switch for its adapters is a state of the modules).
+_PASSING: ContextVar[Probe | None] = ContextVar("passing_probe", default=None)
+
+
+def _add_adapter(name: str, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    probe = _PASSING.get()
+    return None if probe is None else output + probe.adapt(name, inputs[0]).to(output.dtype)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,7 +396,7 @@ class NativeRetrievalModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     # A head is a few percent of the backbone: full precision costs nothing there, and keeps vectors comparable.
-    _keep_in_fp32_modules_strict = ["head", "copy_path"]
+    _keep_in_fp32_modules_strict = ["head", "copy_path", "probe"]
 
     def __init__(self, config: NativeRetrievalConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
@@ -362,6 +408,8 @@ class NativeRetrievalModel(PreTrainedModel):
         self.backbone = backbone.requires_grad_(False).eval()
         self.head = ProjectionHead(config)
         self.copy_path = CopyPath(config) if config.copy_num_heads else None
+        self.probe = Probe(config, backbone) if config.num_probe_tokens else None
+        self._let_probes_pass()
         if not config.store_backbone:
             self._keys_to_ignore_on_load_missing = [r"^backbone\."]
         self._tokenizer = None
@@ -378,6 +426,20 @@ class NativeRetrievalModel(PreTrainedModel):
             init.constant_(module.gain, 1.0 / module.num_heads)
             init.zeros_(module.segment_bias.weight)
             init.zeros_(module.token_salience.weight)
+        elif isinstance(module, Probe):
+            init.normal_(module.embeddings, std=0.02)
+            for name in module.down:
+                init.normal_(module.down[name], std=module.down[name].shape[1] ** -0.5)
+                init.zeros_(module.up[name])
+
+    def _let_probes_pass(self) -> None:
+        """Hooks on the backbone's linear layers, which do nothing but while a probe's tokens pass through."""
+        if self.probe is None:
+            return
+        for name, layer in _linear_layers(self.backbone):
+            hooks = layer._forward_hooks.values()
+            if not any(isinstance(hook, partial) and hook.func is _add_adapter for hook in hooks):
+                layer.register_forward_hook(partial(_add_adapter, name))
 
     @classmethod
     def from_backbone(
@@ -433,13 +495,19 @@ class NativeRetrievalModel(PreTrainedModel):
         config = NativeRetrievalConfig(text_config=text_config, dtype=backbone.dtype, **config_fields)
         model = cls(config, backbone=backbone)
         model.tokenizer = tokenizer
-        for part in (model.head, model.copy_path):
+        for part in (model.head, model.copy_path, model.probe):
             if part is not None:
                 part.float()
         if teacher is not None and model.copy_path is not None:
             with torch.no_grad():
                 model.copy_path.token_values.weight[: len(vectors)] = vectors
-        return model.to(backbone.device)
+        if model.probe is not None:  # the tokens that would make the backbone write a query are a good place to start
+            prompt = tokenizer(config.query_prompt, add_special_tokens=False)["input_ids"]
+            ids = (prompt * config.num_probe_tokens)[-config.num_probe_tokens :]
+            with torch.no_grad():
+                embeddings = backbone.get_input_embeddings()(torch.tensor(ids, device=backbone.device))
+                model.probe.embeddings.copy_(embeddings)
+        return model.to(backbone.device).eval()
 
     # -- load and save ------------------------------------------------------------------------------------------------
 
@@ -466,6 +534,7 @@ class NativeRetrievalModel(PreTrainedModel):
                     "fetched: make it reachable, or save the model with store_backbone=True"
                 ) from error
             model.backbone = weights.requires_grad_(False).eval().to(model.head.linear_out.weight.device)
+            model._let_probes_pass()
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -529,9 +598,11 @@ class NativeRetrievalModel(PreTrainedModel):
         readout_mask: torch.BoolTensor | None = None,
         hidden_states: torch.Tensor | None = None,
         words_only: bool = False,
+        use_probe: bool = False,
+        probe_states: torch.Tensor | None = None,
     ) -> NativeRetrievalOutput:
         """
-        Prompts to query vectors. Gradients reach the head only.
+        Prompts to query vectors. Gradients never reach the backbone's weights, nor anything through the prompt.
 
         Args:
             input_ids, attention_mask (`(batch, tokens)`): prompts, padded on either side.
@@ -540,6 +611,9 @@ class NativeRetrievalModel(PreTrainedModel):
             hidden_states (`(batch, tokens, layers, hidden_size)`, *optional*): the backbone's, at
                 `hidden_state_layers`, when they have been computed before; the backbone is then not run.
             words_only (`bool`): the copy path's words, weighted by salience alone, of any text; for its training.
+            use_probe (`bool`): also pass the probe's tokens through the backbone, behind the prompts.
+            probe_states (`(batch, num_probe_tokens, layers, hidden_size)`, *optional*): from [`pass_probe`], when that
+                has been done.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -549,6 +623,9 @@ class NativeRetrievalModel(PreTrainedModel):
             return NativeRetrievalOutput(
                 query_embeddings=F.normalize(self.copy_path.words(input_ids, attention_mask.bool()), dim=-1)
             )
+        if use_probe and probe_states is None:
+            prefill = self.prefill(input_ids, attention_mask)
+            hidden_states, probe_states = prefill.hidden_states, self.pass_probe(prefill)
         if hidden_states is None:
             hidden_states = self.prefill(input_ids, attention_mask, use_cache=False).hidden_states
         if hidden_states.shape[:2] != input_ids.shape:
@@ -571,6 +648,10 @@ class NativeRetrievalModel(PreTrainedModel):
         order = order.topk(min(width, input_ids.shape[1]), dim=1).values.flip(1)
         read = hidden_states[torch.arange(len(order), device=order.device)[:, None], order.clamp(min=0)]
         vectors, summary = self.head(read.to(dtype), order >= 0)
+        if probe_states is not None:
+            every = torch.ones(probe_states.shape[:2], dtype=torch.bool, device=probe_states.device)
+            more, asked = self.probe.head(probe_states.to(dtype), every)
+            vectors, summary = vectors + more, summary + self.probe.summary(asked)
 
         attributions = None
         if self.copy_path is not None:
@@ -616,10 +697,32 @@ class NativeRetrievalModel(PreTrainedModel):
         hidden_states = torch.stack([output.hidden_states[i] for i in self.config.hidden_state_layers], dim=2)
         return Prefill(input_ids, attention_mask, hidden_states, output.past_key_values if use_cache else None)
 
+    def pass_probe(self, prefill: Prefill) -> torch.Tensor:
+        """
+        The states `(batch, num_probe_tokens, layers, hidden_size)` of the probe's tokens behind prefilled prompts. The
+        prompts' cache stays as it is.
+        """
+        self._check_mode("probe")
+        batch, count = len(prefill.input_ids), self.config.num_probe_tokens
+        mask = torch.cat((prefill.attention_mask, prefill.attention_mask.new_ones(batch, count)), dim=1)
+        passing = _PASSING.set(self.probe)
+        try:
+            output = self.backbone.base_model(
+                inputs_embeds=self.probe.embeddings.to(self.backbone.dtype).expand(batch, -1, -1),
+                attention_mask=mask,
+                position_ids=(mask.long().cumsum(1) - 1)[:, -count:],
+                past_key_values=_branch(prefill.past_key_values),
+                use_cache=True,
+                output_hidden_states=True,
+            )
+        finally:
+            _PASSING.reset(passing)
+        return torch.stack([output.hidden_states[i] for i in self.config.hidden_state_layers], dim=2)
+
     @torch.no_grad()
     def write_queries(self, prefill: Prefill) -> tuple[Prefill, list[list[int]]]:
         """
-        Lets the backbone write a search query after each prompt, greedily, from the prompt's cache, which is used up.
+        Lets the backbone write a search query after each prompt, greedily, from the prompt's cache, which stays as it is.
 
         Returns:
             the prefill, longer by `query_prompt` and the query, and each query's tokens (without the line end).
@@ -647,7 +750,7 @@ class NativeRetrievalModel(PreTrainedModel):
         output = self.backbone.generate(
             input_ids=input_ids,
             attention_mask=mask,
-            past_key_values=prefill.past_key_values,
+            past_key_values=_branch(prefill.past_key_values),
             generation_config=generation_config,
         )
         steps = [
@@ -664,9 +767,9 @@ class NativeRetrievalModel(PreTrainedModel):
 
     @torch.no_grad()
     def embed_prefilled(self, prefill: Prefill, mode: str | None = None) -> NativeRetrievalOutput:
-        """The query vectors of prompts that have been prefilled. In `generated` mode the cache is used up."""
+        """The query vectors of prompts that have been prefilled; their cache stays as it is."""
         mode = self._check_mode(mode)
-        readout_mask, queries = None, None
+        readout_mask, queries, probe_states = None, None, None
         prompt_tokens = prefill.input_ids.shape[1]
         if mode == "generated":
             prefill, queries = self.write_queries(prefill)
@@ -677,7 +780,11 @@ class NativeRetrievalModel(PreTrainedModel):
             readout_mask = prefill.attention_mask.bool().clone()
             readout_mask[:, :query_start] = False
             readout_mask[~readout_mask.any(1), query_start - 1] = True
-        output = self(prefill.input_ids, prefill.attention_mask, readout_mask, prefill.hidden_states)
+        elif mode == "probe":
+            probe_states = self.pass_probe(prefill)
+        output = self(
+            prefill.input_ids, prefill.attention_mask, readout_mask, prefill.hidden_states, probe_states=probe_states
+        )
         output.query_ids = queries
         return output
 
@@ -698,7 +805,7 @@ class NativeRetrievalModel(PreTrainedModel):
         Args:
             queries: a question, a list of questions, a conversation (a list of messages `{"role", "content"}`, ending
                 on any role), or a list of conversations.
-            mode (`"context"` or `"generated"`, *optional*): defaults to `config.query_mode`.
+            mode (`"context"`, `"generated"` or `"probe"`, *optional*): defaults to `config.query_mode`.
             batch_size (`int`): prompts in one pass; they are sorted by length, so that little of it is padding.
             return_cache (`bool`): also return the prompts' KV cache, token ids and mask, for `generate`. All prompts
                 then go through in one batch.
@@ -719,19 +826,16 @@ class NativeRetrievalModel(PreTrainedModel):
             if not prompts:
                 raise ValueError("queries is empty; a cache or attributions need at least one conversation")
             prefill = self.prefill(*self._pad(prompts))
-            cache = prefill.past_key_values if return_cache else None
-            if return_cache and mode == "generated":  # writing a query uses a cache up; the caller's stays the prompt's
-                prefill.past_key_values = copy.deepcopy(cache)
             output = self.embed_prefilled(prefill, mode)
             if return_cache:
-                output.past_key_values = cache
+                output.past_key_values = prefill.past_key_values
                 output.input_ids, output.attention_mask = prefill.input_ids, prefill.attention_mask
             return output
         vectors = torch.empty(len(prompts), self.config.embedding_dim)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for begin in range(0, len(order), batch_size):
             rows = order[begin : begin + batch_size]
-            prefill = self.prefill(*self._pad([prompts[i] for i in rows]), use_cache=mode == "generated")
+            prefill = self.prefill(*self._pad([prompts[i] for i in rows]), use_cache=mode != "context")
             vectors[rows] = self.embed_prefilled(prefill, mode).query_embeddings.float().cpu()
         return vectors
 
@@ -758,7 +862,16 @@ class NativeRetrievalModel(PreTrainedModel):
         mode = self.config.query_mode if mode is None else mode
         if mode not in QUERY_MODES:
             raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(QUERY_MODES)}")
+        if mode == "probe" and self.probe is None:
+            raise ValueError("mode='probe' needs a model with a probe; this one has num_probe_tokens=0")
         return mode
+
+
+def _branch(cache: DynamicCache) -> DynamicCache:
+    """A cache to go on from without changing this one: layers replace their tensors, and never write into them."""
+    branch = copy.copy(cache)
+    branch.layers = [copy.copy(layer) for layer in cache.layers]
+    return branch
 
 
 def _as_conversations(queries) -> list[Conversation]:

@@ -51,6 +51,8 @@ class ModelArguments:
     query_mode: str = field(default="context", metadata={"help": "Default mode of the saved model."})
     query_prompt: str = field(default="Search query:", metadata={"help": "How the assistant begins to write a query."})
     num_context_tokens: int = field(default=16, metadata={"help": "Last prompt tokens that the head reads."})
+    num_probe_tokens: int = field(default=0, metadata={"help": "Learned tokens of the probe mode; 0 leaves it out."})
+    adapter_rank: int = field(default=32, metadata={"help": "Rank of the adapter that acts on the probe alone."})
     max_query_tokens: int = field(default=32, metadata={"help": "Longest written query, in tokens."})
     max_prompt_tokens: int | None = field(default=1024, metadata={"help": "Longest prompt; older turns are dropped."})
     hidden_state_layers: list[int] | None = field(default=None, metadata={"help": "Layers read (default: five)."})
@@ -75,7 +77,7 @@ class DataArguments:
         default_factory=list, metadata={"help": "The same, for choosing the checkpoint: NAME or NAME:SPLIT (dev)."}
     )
     query_modes: list[str] = field(
-        default_factory=lambda: ["context"], metadata={"help": "Modes to train: context, generated, or both."}
+        default_factory=lambda: ["context"], metadata={"help": "Modes to train: context, generated, probe."}
     )
     generated_data: list[str] = field(
         default_factory=list,
@@ -98,6 +100,11 @@ class DataArguments:
     word_batch_size: int = field(default=512, metadata={"help": "Texts a step and device in stage a."})
     plain_text_share: float = field(
         default=0.25, metadata={"help": "Stage b: plain texts among the conversations, as a share of these."}
+    )
+    probe_epochs: float = field(default=1.0, metadata={"help": "Stage c: passes of the probe over its queries."})
+    probe_learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of stage c."})
+    max_probe_queries: int | None = field(
+        default=None, metadata={"help": "Queries of each data set in stage c, evenly spaced; it runs the backbone."}
     )
     gold_share: float = field(
         default=0.5, metadata={"help": "How far the target of a query without a rewrite moves to its document, 0 to 1."}
@@ -193,6 +200,8 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{name} is missing; set it in the recipe or with --{name}")
     if not data_args.train_data:
         raise ValueError("train_data is missing; name at least one folder or Hub id")
+    if "probe" in data_args.query_modes and not model_args.num_probe_tokens:
+        raise ValueError("query_modes has probe, but num_probe_tokens is 0; set it to 8, for example")
     if training_args.load_best_model_at_end and not data_args.dev_data:
         raise ValueError("dev_data is missing; name it, or set --load_best_model_at_end false --eval_strategy no")
 
@@ -242,45 +251,44 @@ def main(argv: list[str]) -> None:
         **fields,
     ).to(training_args.device)
 
-    common = {"cache_dir": data_args.cache_dir, "online_features": data_args.online_features}
     offset = 0
 
     def examples(name, queries, corpus, mode):
-        nonlocal offset
-        built = build_examples(
+        return build_examples(
             model,
             teacher,
             queries,
             corpus,
             mode,
+            cache_dir=data_args.cache_dir,
+            online_features=data_args.online_features,
             gold_share=data_args.gold_share,
             rank_top_k=data_args.rank_top_k,
             num_hard_negatives=data_args.num_hard_negatives,
             id_offset=offset,
             name=name,
-            **common,
         )
-        return built
 
     def modes_of(entry: str) -> list[str]:
-        # Writing queries is the slow part of preparing data.
+        # Writing queries is the slow part of preparing data. The probe has a stage of its own.
         written = not data_args.generated_data or entry in data_args.generated_data
-        return [mode for mode in data_args.query_modes if mode != "generated" or written]
+        return [mode for mode in data_args.query_modes if mode == "context" or (mode == "generated" and written)]
 
-    train_parts = []
+    def dev_parts(modes_of) -> dict:
+        return {
+            f"{name}_{mode}": examples(name, queries, corpus, mode)
+            for entry, (name, queries, corpus) in zip(data_args.dev_data, dev, strict=True)
+            for mode in modes_of(entry)
+        }
+
+    train_parts, probe_parts = [], []
     for entry, (name, queries, corpus) in zip(data_args.train_data, train, strict=True):
         train_parts += [examples(name, queries, corpus, mode) for mode in modes_of(entry)]
+        if "probe" in data_args.query_modes:
+            some = evenly(list(range(len(queries))), data_args.max_probe_queries or len(queries))
+            probe_parts.append(examples(name, queries.select(some), corpus, "probe"))
         # The modes share a corpus, and so its ids; the next data set's begin after it.
         offset += (len(corpus) if corpus is not None else 0) + len(queries)
-    several = len(dev) * len(data_args.query_modes) > 1
-    dev_parts = {
-        f"{name}_{mode}" if several else name: examples(name, queries, corpus, mode)
-        for entry, (name, queries, corpus) in zip(data_args.dev_data, dev, strict=True)
-        for mode in modes_of(entry)
-    }
-    eval_dataset = None
-    if dev_parts:
-        eval_dataset = dev_parts if several else next(iter(dev_parts.values()))
     facts = {
         "backbone": model_args.backbone,
         "backbone_revision": model_args.backbone_revision,
@@ -296,6 +304,10 @@ def main(argv: list[str]) -> None:
     output_dir = Path(training_args.output_dir)
     resume = run_args.resume and output_dir.is_dir() and get_last_checkpoint(str(output_dir)) is not None
 
+    # The other stages are short: no checkpoints, and no dev metrics before they end.
+    without_checks = dataclasses.replace(
+        training_args, eval_strategy="no", save_strategy="no", load_best_model_at_end=False, push_to_hub=False
+    )
     questions = {m["content"] for _, q, _ in train for ms in q["messages"] for m in ms if m["role"] == "user"}
     questions |= {rewrite for _, q, _ in train for rewrite in q["rewrite"] if rewrite}
     questions = sorted(text for text in questions if len(text.split()) > 3) if data_args.turns_as_text else []
@@ -303,17 +315,13 @@ def main(argv: list[str]) -> None:
         words = build_texts(model, teacher, [*texts, *questions], "plain texts")
         print(f"Stage a: the vocabulary's vectors, from {len(words)} plain texts", flush=True)
         stage = dataclasses.replace(
-            training_args,
+            without_checks,
             num_train_epochs=data_args.word_epochs,
             learning_rate=data_args.word_learning_rate,
             token_learning_rate=data_args.word_learning_rate,
             per_device_train_batch_size=data_args.word_batch_size,
             rank_weight=0.0,
             alignment_weight=training_args.alignment_weight or 1.0,
-            eval_strategy="no",
-            save_strategy="no",
-            load_best_model_at_end=False,
-            push_to_hub=False,
         )
         NativeRetrievalTrainer(model, stage, words).train()
 
@@ -327,11 +335,33 @@ def main(argv: list[str]) -> None:
             offset += len(rows)
     print(f"Stage b: {sum(map(len, train_parts))} examples, conversations and some plain text", flush=True)
     trainer = NativeRetrievalTrainer(
-        model, training_args, ConcatDataset(train_parts), eval_dataset, facts=facts, processing_class=model.tokenizer
+        model,
+        training_args,
+        ConcatDataset(train_parts),
+        dev_parts(modes_of) or None,
+        facts=facts,
+        processing_class=model.tokenizer,
     )
     trainer.train(resume_from_checkpoint=resume or None)
-    if eval_dataset is not None:
+    if trainer.eval_dataset is not None:
         trainer.log_metrics("dev", trainer.evaluate())
+
+    if probe_parts:
+        print(f"Stage c: the probe, on {sum(map(len, probe_parts))} examples", flush=True)
+        model.requires_grad_(False)
+        model.probe.requires_grad_(True)
+        history, eval_dataset = trainer.state.log_history, dev_parts(lambda entry: ["probe"]) or None
+        stage = dataclasses.replace(
+            without_checks, num_train_epochs=data_args.probe_epochs, learning_rate=data_args.probe_learning_rate
+        )
+        trainer = NativeRetrievalTrainer(
+            model, stage, ConcatDataset(probe_parts), eval_dataset, facts=facts, processing_class=model.tokenizer
+        )
+        trainer.train()
+        if eval_dataset is not None:
+            trainer.log_metrics("dev", trainer.evaluate())
+        trainer.state.log_history = [*history, *trainer.state.log_history]
+
     trainer.save_model()
     trainer.create_model_card()
     if training_args.push_to_hub:

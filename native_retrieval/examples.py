@@ -34,7 +34,8 @@ class RetrievalExamples(torch.utils.data.Dataset):
         store (`FeatureStore`, *optional*): the backbone's states; without it the model computes them in each step.
         id_offset (`int`): tells the documents of several corpora apart.
         name (`str`): of the data set, for metrics.
-        words_only (`bool`): plain texts for the copy path's words; a batch then has all rows so, or none.
+        mode (`str`): `"context"`, `"generated"`, `"probe"`, or `"words"` for plain texts of the copy path's words. A
+            batch has rows of one mode, but for the first two.
     """
 
     sequences: list[list[int]]
@@ -47,7 +48,7 @@ class RetrievalExamples(torch.utils.data.Dataset):
     store: FeatureStore | None = None
     id_offset: int = 0
     name: str = ""
-    words_only: bool = False
+    mode: str = "context"
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -66,7 +67,7 @@ class RetrievalExamples(torch.utils.data.Dataset):
             # Plain text has no document: it is its own positive.
             "positive": self.documents[positives[0]] if positives else self.targets[i],
             "positive_ids": [self.id_offset + row for row in positives] or [self.id_offset + len(self.documents) + i],
-            "words_only": self.words_only,
+            "mode": self.mode,
         }
         if self.store is not None:
             item["hidden_states"] = self.store[i]
@@ -88,7 +89,7 @@ def collate(items: Sequence[dict]) -> dict[str, torch.Tensor]:
         "readout_mask": torch.zeros(len(items), width, dtype=torch.bool),
         "targets": torch.from_numpy(np.stack([item["target"] for item in items])),
         "positives": torch.from_numpy(np.stack([item["positive"] for item in items])),
-        "words_only": items[0]["words_only"],
+        "mode": items[0]["mode"],
     }
     known = max(len(item["positive_ids"]) for item in items)
     batch["positive_ids"] = torch.full((len(items), known), -1)
@@ -130,7 +131,7 @@ def build_texts(model: NativeRetrievalModel, teacher: Teacher, texts: Sequence[s
     targets = teacher.cached([texts[i] for i in keep], "query", f"Teacher: {name}", half_precision=True)
     sequences = [sequences[i] for i in keep]
     return RetrievalExamples(
-        sequences, [1] * len(keep), targets, targets[:0], [[] for _ in keep], name=name, words_only=True
+        sequences, [1] * len(keep), targets, targets[:0], [[] for _ in keep], name=name, mode="words"
     )
 
 
@@ -176,7 +177,7 @@ def build_examples(
         sequences, num_read = prompts, [model.config.num_context_tokens] * len(prompts)
     targets = np.asarray(teacher.cached(texts, "query", f"Teacher: targets of {name}"))
     examples = RetrievalExamples(
-        sequences, num_read, targets, targets[:0], [[] for _ in prompts], id_offset=id_offset, name=name
+        sequences, num_read, targets, targets[:0], [[] for _ in prompts], id_offset=id_offset, name=name, mode=mode
     )
     if corpus is not None:
         examples.documents = teacher.documents(corpus)
@@ -197,6 +198,6 @@ def build_examples(
                     for ranked, positives in zip(examples.ranking, examples.positives, strict=True)
                 ]
             )
-    if not online_features:
+    if not online_features and mode != "probe":  # which needs the backbone in every step
         examples.store = FeatureStore.build(model, sequences, cache_dir, progress=f"Hidden states: {name}, {mode}")
     return examples

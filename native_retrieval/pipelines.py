@@ -184,6 +184,12 @@ class NativeContext(NativeGenerated):
     mode = "context"
 
 
+class NativeProbe(NativeContext):
+    """One model, and no query is written: learned tokens pass through the backbone behind the prompt."""
+
+    mode = "probe"
+
+
 PIPELINES = {
     "human-rewrite": HumanRewrite,
     "last-question": LastQuestion,
@@ -194,6 +200,7 @@ PIPELINES = {
     "bm25-full-history": BM25FullHistory,
     "native-generated": NativeGenerated,
     "native-context": NativeContext,
+    "native-probe": NativeProbe,
 }
 METHODS = tuple(PIPELINES)
 
@@ -212,7 +219,7 @@ class BackbonePass:
 class Comparison:
     """
     Methods over the same queries and the same index. Whatever several methods need is computed once: one prefill serves
-    both native modes, and one written query serves generate-then-encode, its variant with the question, and
+    all native modes, and one written query serves generate-then-encode, its variant with the question, and
     native-generated.
 
     Args:
@@ -254,7 +261,7 @@ class Comparison:
         there are to be none.
 
         The methods take turns query by query, so that whatever slows the machine down slows all of them. A method that
-        reads the prompt gets a prefill of its own, outside the clock: writing a query uses its cache up.
+        reads the prompt gets a prefill of its own, outside the clock.
         """
         if num_queries == 0:
             return dict.fromkeys(self.methods)
@@ -291,21 +298,22 @@ class Comparison:
     def backbone_pass(self) -> BackbonePass:
         writes = any(method.writes_query for method in self.methods.values())
         shape = (len(self.prompts), self.model.config.embedding_dim)
-        vectors = {mode: np.empty(shape, np.float32) for mode in ("context", *(["generated"] if writes else []))}
+        modes = {"context", *(["generated"] if writes else [])}
+        modes |= {method.mode for method in self.methods.values() if isinstance(method, NativeGenerated)}
+        vectors = {mode: np.empty(shape, np.float32) for mode in sorted(modes)}
         written = [""] * len(self.prompts) if writes else []
         # The batches of `model.embed_query`, so that the vectors are the ones that it gives.
         order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
+        use_cache = modes != {"context"}
         doing = "Backbone: prefill, write queries" if writes else "Backbone: prefill"
         with tqdm(total=len(order), desc=doing, unit="query") as bar:
             for begin in range(0, len(order), self.batch_size):
                 rows = order[begin : begin + self.batch_size]
-                prefill = self.model.prefill(*self.model._pad([self.prompts[i] for i in rows]), use_cache=writes)
-                output = self.model.embed_prefilled(prefill, "context")
-                vectors["context"][rows] = output.query_embeddings.float().cpu().numpy()
-                if writes:
-                    output = self.model.embed_prefilled(prefill, "generated")
-                    vectors["generated"][rows] = output.query_embeddings.float().cpu().numpy()
-                    for i, tokens in zip(rows, output.query_ids, strict=True):
+                prefill = self.model.prefill(*self.model._pad([self.prompts[i] for i in rows]), use_cache=use_cache)
+                for mode, its_vectors in vectors.items():
+                    output = self.model.embed_prefilled(prefill, mode)
+                    its_vectors[rows] = output.query_embeddings.float().cpu().numpy()
+                    for i, tokens in zip(rows, output.query_ids or (), strict=False):
                         written[i] = self.read_query(i, tokens)
                 bar.update(len(rows))
         return BackbonePass(vectors, written)

@@ -127,7 +127,8 @@ class NativeRetrievalTrainer(Trainer):
             attention_mask=inputs["attention_mask"],
             readout_mask=inputs["readout_mask"],
             hidden_states=inputs.get("hidden_states"),
-            words_only=inputs["words_only"],
+            words_only=inputs["mode"] == "words",
+            use_probe=inputs["mode"] == "probe",
         )
         parts = self.loss_parts(outputs.query_embeddings, inputs)
         loss = sum(getattr(self.args, f"{name}_weight") * part for name, part in parts.items())

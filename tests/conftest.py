@@ -155,13 +155,20 @@ def make_model(
             "copy_num_heads": 2,
             "copy_head_dim": 8,
             "max_query_tokens": 8,
+            "num_probe_tokens": 3,
+            "adapter_rank": 2,
             **({} if teacher is not None else {"embedding_dim": 32}),
             **fields,
         }
         backbone = make_backbone(family, tie) if backbone is None else backbone
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            return NativeRetrievalModel.from_backbone(backbone, teacher, tokenizer=tiny_tokenizer, **fields).eval()
+            model = NativeRetrievalModel.from_backbone(backbone, teacher, tokenizer=tiny_tokenizer, **fields).eval()
+            if model.probe is not None:  # as after training: a new one changes nothing
+                with torch.no_grad():
+                    for weight in model.probe.parameters():
+                        weight.add_(0.1 * torch.randn_like(weight))
+            return model
 
     return make
 

@@ -272,3 +272,29 @@ def test_the_teachers_fingerprint_is_stable(assets: demo.Assets):
     first, second = (Teacher(str(assets.teacher_dir), batch_size=size).fingerprint for size in (64, 3))
     assert same_teacher(first, second)
     assert same_teacher(first, TEACHER_FINGERPRINT), f"the same model gave {first} before"
+
+
+@pytest.mark.slow
+def test_a_probe_leaves_what_is_generated_next_as_it_was(assets: demo.Assets):
+    """On the real backbone, over 50 conversations: token for token, from the very cache the probe was passed over."""
+    import torch
+
+    from modeling_native_retrieval import NativeRetrievalModel
+    from native_retrieval.data import load_queries
+
+    model = NativeRetrievalModel.from_backbone(str(assets.backbone_dir), embedding_dim=384, num_probe_tokens=8)
+    with torch.no_grad():
+        for weight in model.probe.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    conversations = load_queries(demo.HANDWRITTEN)["messages"][:50]
+    assert len(conversations) == 50
+    settings = {"max_new_tokens": 16, "do_sample": False}
+    for messages in conversations:
+        prompt = torch.tensor([model.build_prompt(messages)])
+        alone = model.backbone.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        found = model.embed_query([messages], mode="probe", return_cache=True)
+        assert (found.query_embeddings - model.embed_query([messages], mode="context")).abs().max() > 1e-3
+        after = model.generate(
+            found.input_ids, attention_mask=found.attention_mask, past_key_values=found.past_key_values, **settings
+        )
+        assert torch.equal(after, alone)

@@ -28,7 +28,7 @@ from transformers import (
 from configuration_native_retrieval import NativeRetrievalConfig
 from modeling_native_retrieval import NativeRetrievalModel, build_prompt
 
-MODES = ("context", "generated")
+MODES = ("context", "generated", "probe")
 BACKBONES = [(family, tie) for family in FAMILIES for tie in (True, False)]
 
 CONVERSATIONS = [
@@ -990,13 +990,50 @@ def test_the_copy_path_starts_from_the_teachers_vectors_of_single_tokens(
 
 def test_a_new_model_starts_from_the_words(make_backbone, tiny_tokenizer: PreTrainedTokenizerFast, stub_teacher):
     """Everything beside them starts at zero; transformers leaves out the initialisation of some modules silently."""
-    model = NativeRetrievalModel.from_backbone(make_backbone(), stub_teacher, tokenizer=tiny_tokenizer)
+    model = NativeRetrievalModel.from_backbone(
+        make_backbone("llama"), stub_teacher, tokenizer=tiny_tokenizer, num_probe_tokens=3
+    )
     for layer in (model.head.linear_out, model.head.skip, model.copy_path.state_value):
         assert not layer.weight.any()
     tokens = tiny_tokenizer("where is the bridge", add_special_tokens=False)["input_ids"]
     words = torch.from_numpy(stub_teacher.encode([tiny_tokenizer.decode([i]) for i in tokens]))
     vector = model(torch.tensor([tokens]), words_only=True).query_embeddings
     assert torch.allclose(vector[0], torch.nn.functional.normalize(words.mean(0), dim=0), atol=1e-5)
+
+
+def test_a_new_probe_changes_nothing(make_backbone, tiny_tokenizer: PreTrainedTokenizerFast, stub_teacher):
+    model = NativeRetrievalModel.from_backbone(
+        make_backbone("llama"), stub_teacher, tokenizer=tiny_tokenizer, num_probe_tokens=3
+    )
+    assert_close(model.embed_query(CONVERSATIONS, mode="probe"), model.embed_query(CONVERSATIONS, mode="context"))
+
+
+def test_the_adapter_acts_on_the_probe_alone(model: NativeRetrievalModel):
+    ids, mask = model._pad(prompts_of(model))
+    prefill = model.prefill(ids, mask)
+    before = [layer.keys.clone() for layer in prefill.past_key_values.layers]
+    states = model.pass_probe(prefill)
+    for weight in model.probe.up.values():
+        weight.data.mul_(-1)
+    assert (model.pass_probe(prefill) - states).abs().max() > 1e-4
+    for weight in model.probe.up.values():
+        weight.data.mul_(-1)
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, prefill.past_key_values.layers, strict=True))
+    assert torch.equal(model.prefill(ids, mask).hidden_states, prefill.hidden_states)
+
+
+def test_gradients_reach_the_probe_through_its_own_tokens(tiny_model: NativeRetrievalModel):
+    ids, mask = tiny_model._pad(prompts_of(tiny_model))
+    tiny_model(ids, mask, use_probe=True).query_embeddings[:, 0].sum().backward()
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for n, p in tiny_model.probe.named_parameters() if "norm" not in n
+    )
+    assert all(p.grad is None for p in tiny_model.backbone.parameters())
+
+
+def test_a_model_without_a_probe_says_so(make_model: Callable[..., NativeRetrievalModel]):
+    with pytest.raises(ValueError, match="num_probe_tokens=0"):
+        make_model(num_probe_tokens=0).embed_query("where is the bridge?", mode="probe")
 
 
 def test_words_do_not_depend_on_order_or_padding(tiny_model: NativeRetrievalModel):

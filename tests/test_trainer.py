@@ -307,5 +307,5 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
 
 
 def test_shipped_recipes_parse():
-    for recipe in ("demo", "qrecc", "paper", "ablation"):
+    for recipe in ("demo", "qrecc", "best", "paper", "ablation"):
         train.parse([f"configs/{recipe}.yaml", *(["--bf16", "false"] if recipe == "paper" else [])])

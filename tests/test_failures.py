@@ -1,0 +1,70 @@
+"""The page on failures, and the figure of the words that are copied."""
+
+import re
+
+import numpy as np
+import pytest
+
+from native_retrieval.attributions import draw_attributions, word_weights
+from native_retrieval.data import load_task
+from native_retrieval.failures import write_failure_report
+from native_retrieval.index import DocumentIndex
+from native_retrieval.pipelines import Comparison
+from native_retrieval.report import build_result
+
+
+@pytest.fixture
+def evaluated(tiny_model, stub_teacher, beir_folder, tmp_path):
+    task = load_task(beir_folder, "test")
+    vectors = stub_teacher.documents(task.corpus)
+    index = DocumentIndex.build(task.corpus, vectors, stub_teacher.fingerprint, "stub-teacher", tmp_path / "index")
+    comparison = Comparison(tiny_model, stub_teacher, index, task.queries, ["generate-then-encode", "native-context"])
+    runs = comparison.runs()
+    turns = list(task.queries["turn"])
+    times = dict.fromkeys(runs)
+    result = build_result("stub", "test", comparison.query_ids, turns, len(index), "eval", runs, task.qrels, times)
+    return result, runs, task, comparison
+
+
+def test_the_page_counts_every_query_in_each_split(evaluated, tmp_path):
+    page, figure = write_failure_report(tmp_path / "page.md", *evaluated)
+    text = page.read_text()
+    assert figure.read_bytes().startswith(b"\x89PNG") and f"({figure.name})" in text
+    tables = [part for part in text.split("## ") if "| queries |" in part]
+    assert len(tables) == 3
+    for table in tables[:2]:
+        assert sum(int(n) for n in re.findall(r"^\| [^|]+ \| (\d+) \|", table, re.M)) == len(evaluated[2].queries)
+    assert "4 queries come after a turn" in text  # two conversations of three turns
+
+
+def test_the_page_names_the_queries_that_are_lost(evaluated, tmp_path):
+    result, runs, task, comparison = evaluated
+    lost = task.queries["_id"][3]
+    result["methods"]["generate-then-encode"]["ranks"] = [None] * 3 + [1] + [None] * 2
+    result["methods"]["native-context"]["ranks"] = [None] * 6
+    text = write_failure_report(tmp_path / "page.md", *evaluated)[0].read_text()
+    assert re.findall(r"^### `(.+)`", text, re.M) == [lost]
+    assert "past 1,000" in text and "which wrote" in text
+
+
+def test_a_page_needs_both_methods(evaluated, tmp_path):
+    result = evaluated[0]
+    del result["methods"]["native-context"]
+    with pytest.raises(ValueError, match="native mode"):
+        write_failure_report(tmp_path / "page.md", *evaluated)
+
+
+def test_word_weights_are_the_models_own(tiny_model, tmp_path):
+    messages = [
+        {"role": "user", "content": "When was the Arnwick Lighthouse founded?"},
+        {"role": "assistant", "content": "In 1874."},
+        {"role": "user", "content": "Who was behind it?"},
+    ]
+    turns = [turn for turn in word_weights(tiny_model, messages) if turn[1]]
+    said = [[word for word, _ in words] for _, words in turns]
+    assert [" ".join(words) for words in said[-3:]] == [message["content"] for message in messages]
+    assert [role for role, _ in turns[-3:]] == ["user", "assistant", "user"]
+    weights = np.array([weight for _, words in turns for _, weight in words])
+    assert 0.5 < np.abs(weights).sum() <= 1.001  # a line end carries the rest
+    draw_attributions(tiny_model, [messages], tmp_path / "words.png")
+    assert (tmp_path / "words.png").read_bytes().startswith(b"\x89PNG")
