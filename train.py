@@ -193,6 +193,14 @@ def evenly(items: list, count: int) -> list:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+def train_only(*parts, of) -> None:
+    """Freezes everything of a model but these parts (several devices wait for every gradient that is asked for)."""
+    of.requires_grad_(False)
+    for part in parts:
+        if part is not None:
+            part.requires_grad_(True)
+
+
 def main(argv: list[str]) -> None:
     model_args, data_args, run_args, training_args = parse(argv)
     for name, value in (("backbone", model_args.backbone), ("teacher", model_args.teacher)):
@@ -206,6 +214,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("dev_data is missing; name it, or set --load_best_model_at_end false --eval_strategy no")
 
     import datasets
+    import numpy as np
     from torch.utils.data import ConcatDataset
     from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils import logging
@@ -242,7 +251,7 @@ def main(argv: list[str]) -> None:
 
     teacher = Teacher(model_args.teacher, model_args.teacher_revision, cache_dir=data_args.cache_dir)
     fields = {k: v for k, v in vars(model_args).items() if k not in ("backbone", "teacher") and v is not None}
-    vocabulary = SimpleNamespace(encode=lambda words: teacher.cached(words, "query", "Teacher: vocabulary"))
+    vocabulary = SimpleNamespace(encode=lambda words: np.array(teacher.cached(words, "query", "Teacher: vocabulary")))
     model = NativeRetrievalModel.from_backbone(
         model_args.backbone,
         vocabulary,
@@ -323,6 +332,7 @@ def main(argv: list[str]) -> None:
             rank_weight=0.0,
             alignment_weight=training_args.alignment_weight or 1.0,
         )
+        train_only(model.copy_path.token_values, model.copy_path.token_salience, of=model)
         NativeRetrievalTrainer(model, stage, words).train()
 
     # Single questions and sentences among the conversations: a vector may not drift off a text that stands alone.
@@ -334,6 +344,7 @@ def main(argv: list[str]) -> None:
             train_parts.append(examples(name, datasets.Dataset.from_list(rows), None, "context"))
             offset += len(rows)
     print(f"Stage b: {sum(map(len, train_parts))} examples, conversations and some plain text", flush=True)
+    train_only(model.head, model.copy_path, of=model)
     trainer = NativeRetrievalTrainer(
         model,
         training_args,
@@ -348,8 +359,7 @@ def main(argv: list[str]) -> None:
 
     if probe_parts:
         print(f"Stage c: the probe, on {sum(map(len, probe_parts))} examples", flush=True)
-        model.requires_grad_(False)
-        model.probe.requires_grad_(True)
+        train_only(model.probe, of=model)
         history, eval_dataset = trainer.state.log_history, dev_parts(lambda entry: ["probe"]) or None
         stage = dataclasses.replace(
             without_checks, num_train_epochs=data_args.probe_epochs, learning_rate=data_args.probe_learning_rate

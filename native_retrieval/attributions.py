@@ -1,6 +1,6 @@
 """Which words of a conversation the copy path puts into the query vector, as a figure.
 
-    python -m native_retrieval.attributions --model outputs/qrecc --data data/handwritten --output words.png
+python -m native_retrieval.attributions --model outputs/qrecc --data data/handwritten --output words.png
 """
 
 import argparse
@@ -53,7 +53,8 @@ def word_weights(model: Any, messages: Messages) -> list[tuple[str, list[Word]]]
 def draw_attributions(model: Any, conversations: Sequence[Messages], path: str | os.PathLike[str]) -> None:
     """Draws conversations with each word on a ground of its weight: orange where it is added, blue where subtracted."""
     blocks = [
-        [turn for turn in word_weights(model, messages) if turn[0] != "system" and turn[1]] for messages in conversations
+        [turn for turn in word_weights(model, messages) if turn[0] != "system" and turn[1]]
+        for messages in conversations
     ]
     lines = [[(role, line) for role, words in block for line in _wrap(words)] for block in blocks]
     height = LINE_HEIGHT * sum(len(block) + 1 for block in lines)

@@ -110,8 +110,9 @@ class NativeRetrievalTrainer(Trainer):
         """As in transformers, with a learning rate of their own for the vectors of the vocabulary."""
         optimizer = super().create_optimizer(*args, **kwargs)
         copy_path = self.accelerator.unwrap_model(self.model).copy_path
-        if copy_path is not None:
-            tokens = [copy_path.token_values.weight, copy_path.token_salience.weight]
+        tokens = [] if copy_path is None else [copy_path.token_values.weight, copy_path.token_salience.weight]
+        tokens = [token for token in tokens if token.requires_grad]
+        if tokens:
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if not any(p is token for token in tokens)]
             rate = self.args.token_learning_rate

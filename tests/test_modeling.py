@@ -409,7 +409,7 @@ def test_gradients_reach_the_head_and_nothing_else(model: NativeRetrievalModel):
     model.eval()
     backbone = {id(p) for p in model.backbone.parameters()}
     for name, parameter in model.named_parameters():
-        if id(parameter) in backbone:
+        if id(parameter) in backbone or name.startswith("probe."):  # which was not asked
             assert parameter.grad is None, name
             continue
         assert parameter.requires_grad and parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
@@ -451,7 +451,7 @@ for folder in folders:
     assert not model.training
     assert AutoConfig.from_pretrained(folder, trust_remote_code=True).teacher_name_or_path == "stub-teacher"
     assert len(AutoTokenizer.from_pretrained(folder)) == len(model.tokenizer)
-    vectors = [model.embed_query(conversations, mode=mode).numpy() for mode in ("context", "generated")]
+    vectors = [model.embed_query(conversations, mode=mode).numpy() for mode in ("context", "generated", "probe")]
     np.save(os.path.join(folder, "vectors.npy"), np.stack(vectors))
     ids = torch.tensor([model.build_prompt(conversations[1])])
     np.save(os.path.join(folder, "tokens.npy"), model.generate(ids, max_new_tokens=12, do_sample=False).numpy())
@@ -551,8 +551,11 @@ def test_without_the_backbones_weights(backbone_dir: Path, tiny_tokenizer: PreTr
     AutoModelForCausalLM.from_pretrained(backbone_dir).save_pretrained(backbone)
     tiny_tokenizer.save_pretrained(backbone)
     fields = {"embedding_dim": 32, "head_dim": 32, "head_num_attention_heads": 4, "copy_num_heads": 2}
+    fields |= {"num_probe_tokens": 3, "adapter_rank": 2}
     whole = NativeRetrievalModel.from_backbone(str(backbone), **fields)
     take_steps(whole, steps=1)
+    for weight in whole.probe.parameters():
+        weight.data.add_(0.1)
     whole.save_pretrained(tmp_path / "whole")
     assert whole.config.backbone_name_or_path == str(backbone)
 

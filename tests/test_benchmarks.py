@@ -1,0 +1,40 @@
+"""The commands in benchmarks/: what they would run, not what it gives."""
+
+import random
+
+import pytest
+
+import train
+from benchmarks import ablation, robustness
+from modeling_native_retrieval import check_messages
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "Where is Arnwick Lighthouse?"}],
+    [
+        {"role": "user", "content": "Who founded Belford Museum?"},
+        {"role": "assistant", "content": "Jonas Pike."},
+        {"role": "user", "content": "And what is shown there?"},
+    ],
+]
+
+
+@pytest.mark.parametrize("name", sorted(ablation.ROWS))
+def test_every_row_of_an_ablation_is_a_recipe_of_its_own(name):
+    rows = ablation.ROWS[name]()
+    seen = {tuple(ablation.words_of(row)) for row in rows}
+    assert len(seen) == len(rows) == len({row["name"] for row in rows}) >= 10
+    for row in rows:
+        train.parse(["configs/ablation.yaml", *ablation.words_of(row)])
+
+
+@pytest.mark.parametrize("name", list(robustness.VARIANTS))
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_a_variant_is_a_conversation_that_keeps_its_question(name, messages):
+    changed = robustness.VARIANTS[name]([dict(m) for m in messages], CONVERSATIONS, random.Random(0))
+    check_messages(changed)
+    if name != "typos in the last turn":
+        assert [m for m in changed if m["role"] == "user"][-1] == messages[-1]
+    if name.startswith("at least"):
+        assert robustness.user_turns(changed) == int(name.split()[2])
+    if name != "as they are":
+        assert changed != messages
