@@ -251,7 +251,9 @@ def main(argv: list[str]) -> None:
 
     teacher = Teacher(model_args.teacher, model_args.teacher_revision, cache_dir=data_args.cache_dir)
     fields = {k: v for k, v in vars(model_args).items() if k not in ("backbone", "teacher") and v is not None}
-    vocabulary = SimpleNamespace(encode=lambda words: np.array(teacher.cached(words, "query", "Teacher: vocabulary")))
+    vocabulary = SimpleNamespace(
+        encode=lambda words: np.array(teacher.cached(words, "query", "Teacher: vocabulary", True))
+    )
     model = NativeRetrievalModel.from_backbone(
         model_args.backbone,
         vocabulary,

@@ -17,6 +17,8 @@ from .conversations import last_question
 from .features import FeatureStore, cached_queries
 from .teacher import Teacher
 
+HARD_NEGATIVE_POOL = 5  # times as many near documents as an example draws: the very nearest are often right too
+
 
 @dataclass
 class RetrievalExamples(torch.utils.data.Dataset):
@@ -30,7 +32,8 @@ class RetrievalExamples(torch.utils.data.Dataset):
         documents (`np.ndarray` of shape `(documents, dim)`): the teacher's vectors of the corpus.
         positives (`list[list[int]]`): rows of `documents` that are relevant; empty for plain text.
         ranking (`np.ndarray` of shape `(queries, k)`, *optional*): rows of the teacher's nearest documents.
-        hard_negatives (`np.ndarray` of shape `(queries, n)`, *optional*): rows of near documents that are not relevant.
+        hard_negatives (`np.ndarray` of shape `(queries, pool)`, *optional*): rows of near documents that are not relevant.
+        num_hard_negatives (`int`): how many of the pool an example draws, anew each time.
         store (`FeatureStore`, *optional*): the backbone's states; without it the model computes them in each step.
         id_offset (`int`): tells the documents of several corpora apart.
         name (`str`): of the data set, for metrics.
@@ -45,6 +48,7 @@ class RetrievalExamples(torch.utils.data.Dataset):
     positives: list[list[int]]
     ranking: np.ndarray | None = None
     hard_negatives: np.ndarray | None = None
+    num_hard_negatives: int = 0
     store: FeatureStore | None = None
     id_offset: int = 0
     name: str = ""
@@ -74,8 +78,10 @@ class RetrievalExamples(torch.utils.data.Dataset):
         if self.ranking is not None:
             item["ranking"] = self.documents[self.ranking[i]]
         if self.hard_negatives is not None:
-            item["negatives"] = self.documents[self.hard_negatives[i]]
-            item["negative_ids"] = self.id_offset + self.hard_negatives[i]
+            pool = self.hard_negatives[i]
+            drawn = pool[torch.randperm(len(pool))[: self.num_hard_negatives].numpy()]
+            item["negatives"] = self.documents[drawn]
+            item["negative_ids"] = self.id_offset + drawn
         return item
 
 
@@ -117,7 +123,8 @@ def collate(items: Sequence[dict]) -> dict[str, torch.Tensor]:
                     batch[key][row, : len(item[key])] = torch.from_numpy(np.asarray(item[key]))
                     batch[f"{key}_mask"][row, : len(item[key])] = True
     if "negatives" in batch:
-        batch["negative_ids"] = torch.full(batch["negatives"].shape[:2], -1)
+        # A row without negatives gets copies of its own positive, which the loss leaves out.
+        batch["negative_ids"] = batch["positive_ids"][:, :1].repeat(1, batch["negatives"].shape[1])
         for row, item in enumerate(items):
             if "negative_ids" in item:
                 batch["negative_ids"][row, : len(item["negative_ids"])] = torch.from_numpy(item["negative_ids"])
@@ -159,7 +166,8 @@ def build_examples(
     Args:
         gold_share (`float`): how far the target of a query without a rewrite moves from the query's vector towards its
             first relevant document's.
-        num_hard_negatives (`int`): documents near the target, from the teacher's ranking, that are not relevant.
+        num_hard_negatives (`int`): documents near the target, from the top of the teacher's ranking, that are not
+            relevant.
     """
     prompts = [model.build_prompt(messages) for messages in queries["messages"]]
     texts = [rewrite or last_question(m) for rewrite, m in zip(queries["rewrite"], queries["messages"], strict=True)]
@@ -192,12 +200,13 @@ def build_examples(
             examples.targets = targets / np.linalg.norm(targets, axis=1, keepdims=True)
         examples.ranking = teacher.ranking(examples.targets, examples.documents, rank_top_k)
         if num_hard_negatives:
-            examples.hard_negatives = np.stack(
-                [
-                    ranked[~np.isin(ranked, positives)][:num_hard_negatives]
-                    for ranked, positives in zip(examples.ranking, examples.positives, strict=True)
-                ]
-            )
+            pools = [
+                ranked[~np.isin(ranked, positives)][: HARD_NEGATIVE_POOL * num_hard_negatives]
+                for ranked, positives in zip(examples.ranking, examples.positives, strict=True)
+            ]
+            shortest = min(map(len, pools))  # a query may have more relevant documents than another
+            examples.hard_negatives = np.stack([pool[:shortest] for pool in pools])
+            examples.num_hard_negatives = num_hard_negatives
     if not online_features and mode != "probe":  # which needs the backbone in every step
         examples.store = FeatureStore.build(model, sequences, cache_dir, progress=f"Hidden states: {name}, {mode}")
     return examples

@@ -11,7 +11,7 @@ from transformers import AutoModel
 import train
 from native_retrieval.data import load_task
 from native_retrieval.examples import build_examples, build_texts, collate
-from native_retrieval.losses import alignment_loss
+from native_retrieval.losses import alignment_loss, contrastive_loss
 from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
 
 
@@ -184,6 +184,21 @@ def test_hard_negatives_are_never_relevant(examples):
         assert not set(dataset.hard_negatives[i]) & set(dataset.positives[i])
     batch = collate([dataset[i] for i in range(4)])
     assert batch["negatives"].shape == (4, 3, 32) and batch["negatives_mask"].all()
+
+
+def test_rows_without_hard_negatives_have_none_in_the_loss(examples):
+    dataset, bare = examples(num_hard_negatives=3), examples()
+    batch = collate([dataset[0], bare[1]])
+    arguments = {"positive_ids": batch["positive_ids"][:, 0], "temperature": 0.05}
+    queries = torch.nn.functional.normalize(torch.randn(2, 32), dim=-1)
+    mixed = contrastive_loss(
+        queries, batch["positives"], negatives=batch["negatives"], negative_ids=batch["negative_ids"], **arguments
+    )
+    batch["negatives"][1] = batch["positives"][1]
+    same = contrastive_loss(
+        queries, batch["positives"], negatives=batch["negatives"], negative_ids=batch["negative_ids"], **arguments
+    )
+    assert torch.allclose(mixed, same)
 
 
 def test_generated_mode_reads_the_written_query(tiny_model, examples):
