@@ -54,9 +54,7 @@ def copy_model(model_dir: Path, name: str) -> Path:
 
 
 def test_end_to_end(capsys):
-    arguments = (
-        "--model model --data data --output results/test.json --latency_queries 2 --figures figures --save_queries"
-    )
+    arguments = "--model model --data data --output results/test.json --latency_queries 2 --figures figures --report page.md --save_queries"
     assert run(arguments) == 0
     result = json.loads(Path("results/test.json").read_text())
     assert result["command"] == f"python eval.py {arguments}"
@@ -75,6 +73,7 @@ def test_end_to_end(capsys):
     assert result["methods"]["human-rewrite"]["recall@10"] == 1.0
     assert result["environment"]["dtype"] == "float32"
     assert sorted(path.name for path in Path("figures").iterdir()) == ["test-by-turn.png", "test-quality-latency.png"]
+    assert "Where native-" in Path("page.md").read_text() and Path("page.png").is_file()
     printed = capsys.readouterr().out
     assert all(name in printed for name in METHODS)
     assert "index search, the same for all vectors, is left out" in printed
@@ -105,6 +104,20 @@ def test_an_index_of_ones_own(stub_teacher, monkeypatch):
     monkeypatch.setattr(DocumentIndex, "build", pytest.fail)
     methods = "--methods last-question native-context --latency-queries 0"
     assert run(f"--model model --data data --index index --output a.json {methods}") == 0
+
+
+def test_native_probe_is_left_out_unless_the_model_has_one(make_model, stub_teacher, capsys):
+    model = make_model(
+        teacher=stub_teacher,
+        num_probe_tokens=0,
+        teacher_name_or_path="stub-teacher",
+        teacher_fingerprint=stub_teacher.fingerprint,
+    )
+    model.save_pretrained("bare")
+    methods = "--methods native-context native-probe --latency_queries 0"
+    assert run(f"--model bare --data data --output a.json {methods}") == 0
+    assert list(json.loads(Path("a.json").read_text())["methods"]) == ["native-context"]
+    assert "the model has no probe" in capsys.readouterr().err
 
 
 def test_human_rewrite_is_left_out_unless_all_queries_have_one(capsys):
@@ -153,6 +166,7 @@ def fails(capsys, arguments: str, *words: str) -> None:
         ("--model model --data data --output out.txt", ["'out.txt'", ".json"]),
         ("--model model --data data --output data/corpus.jsonl/out.json", ["--output", "is a file"]),
         (f"{GOOD} --figures data/corpus.jsonl", ["--figures", "is a file"]),
+        (f"{GOOD} --report page.md --methods native-context", ["--report", "generate-then-encode"]),
     ],
 )
 def test_bad_arguments_are_named_before_anything_is_loaded(arguments, words, capsys, monkeypatch):
