@@ -102,7 +102,7 @@ class EvalArguments:
     )
     report: str | None = field(
         default=None,
-        metadata={"help": "A Markdown file to write: where the best native mode fails, with its worst queries."},
+        metadata={"help": "A Markdown file to write: where the model's default mode fails, with its worst queries."},
     )
     save_queries: bool = field(
         default=False, metadata={"help": "Put the queries that the backbone wrote into the result."}

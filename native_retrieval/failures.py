@@ -34,7 +34,7 @@ def write_failure_report(
         path: of the Markdown file.
         result: as `report.build_result` makes it, with generate-then-encode and a native mode among its methods.
         runs: what `comparison.runs()` gave.
-        method: the mode to look at; the native one with the highest MRR@10 if absent.
+        method: the native mode to look at; the model's own default if absent, or else the first there is.
 
     Raises:
         `ValueError`: if either method is not in the result.
@@ -42,7 +42,8 @@ def write_failure_report(
     native = [name for name in result["methods"] if name.startswith("native-")]
     if BASELINE not in result["methods"] or not native:
         raise ValueError(f"a failure report needs {BASELINE} and a native mode among the methods")
-    method = method or max(native, key=lambda name: result["methods"][name]["mrr@10"])
+    default = f"native-{comparison.model.config.query_mode}"
+    method = method or (default if default in native else native[0])
     path, figure_path = Path(path), Path(path).with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     splits = {
