@@ -13,6 +13,7 @@ The recipe is a YAML file; any field in it can be set on the command line too, w
         --teacher BAAI/bge-small-en-v1.5 \
         --train_data my_logs \
         --dev_data my_logs:dev \
+        --plain_text my_logs \
         --output_dir outputs/mine
 
     # go on after an interruption

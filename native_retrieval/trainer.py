@@ -207,10 +207,12 @@ class NativeRetrievalTrainer(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            means = {}
             for name in ("recall@10", "mrr@10", "ndcg@10"):  # the mean of the data sets names the best checkpoint
                 values = [metrics[f"{metric_key_prefix}_{part}_{name}"] for part in dataset]
-                metrics[f"{metric_key_prefix}_{name}"] = float(np.mean(values))
-            return metrics
+                means[f"{metric_key_prefix}_{name}"] = float(np.mean(values))
+            self.log(means)
+            return metrics | means
         self._evaluated = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 

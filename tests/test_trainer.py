@@ -118,6 +118,15 @@ def test_gradient_accumulation_equals_the_larger_batch(tiny_model, examples, tmp
     assert apart < 1e-3 * moved + 1e-7
 
 
+def test_several_dev_sets_are_logged_with_their_mean(tiny_model, examples, tmp_path):
+    dev = {"a": examples("dev"), "b": examples("test")}
+    trainer = NativeRetrievalTrainer(tiny_model, arguments(tmp_path), examples(), dev)
+    metrics = trainer.evaluate()
+    for name in ("recall@10", "mrr@10", "ndcg@10"):
+        mean = (metrics[f"eval_a_{name}"] + metrics[f"eval_b_{name}"]) / 2
+        assert metrics[f"eval_{name}"] == trainer.state.log_history[-1][f"eval_{name}"] == pytest.approx(mean)
+
+
 def test_dev_metrics_are_those_of_brute_force(tiny_model, examples, tmp_path):
     dev = examples("dev")
     trainer = NativeRetrievalTrainer(tiny_model, arguments(tmp_path), examples(), dev)
