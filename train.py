@@ -194,6 +194,53 @@ def evenly(items: list, count: int) -> list:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+def load_data(data_args: DataArguments):
+    """Train and dev sets, each a list of (name, queries, corpus or None), and the plain texts."""
+    from native_retrieval.data import drop_overlap, load_texts
+
+    dev = [load_queries_of(entry, "dev") for entry in data_args.dev_data]
+    train = []
+    for entry in data_args.train_data:
+        name, queries, corpus = load_queries_of(entry, "train")
+        dropped = 0
+        for _, held_out, _ in dev:
+            queries, count = drop_overlap(queries, held_out)
+            dropped += count
+        if dropped:
+            print(f"{name}: left out {dropped} training queries whose conversation is in the dev data")
+        if data_args.max_train_queries:
+            queries = queries.select(range(min(data_args.max_train_queries, len(queries))))
+        train.append((name, queries, corpus))
+    texts = [text for source in data_args.plain_text for text in load_texts(source)["text"]]
+    return train, dev, evenly(texts, data_args.num_plain_texts)
+
+
+def questions_of(train) -> list[str]:
+    """Every user turn and rewrite that says something on its own."""
+    questions = {m["content"] for _, q, _ in train for ms in q["messages"] for m in ms if m["role"] == "user"}
+    questions |= {rewrite for _, q, _ in train for rewrite in q["rewrite"] if rewrite}
+    return sorted(text for text in questions if len(text.split()) > 3)
+
+
+def new_model(model_args: ModelArguments, teacher):
+    """An untrained model, whose copy path starts from the teacher's vectors of the vocabulary."""
+    import numpy as np
+
+    from modeling_native_retrieval import NativeRetrievalModel
+
+    fields = {k: v for k, v in vars(model_args).items() if k not in ("backbone", "teacher") and v is not None}
+    vocabulary = SimpleNamespace(
+        encode=lambda words: np.array(teacher.cached(words, "query", "Teacher: vocabulary", True))
+    )
+    return NativeRetrievalModel.from_backbone(
+        model_args.backbone,
+        vocabulary,
+        teacher_name_or_path=model_args.teacher,
+        teacher_fingerprint=teacher.fingerprint,
+        **fields,
+    )
+
+
 def train_only(*parts, of) -> None:
     """Freezes everything of a model but these parts (several devices wait for every gradient that is asked for)."""
     of.requires_grad_(False)
@@ -215,14 +262,11 @@ def main(argv: list[str]) -> None:
         raise ValueError("dev_data is missing; name it, or set --load_best_model_at_end false --eval_strategy no")
 
     import datasets
-    import numpy as np
     from torch.utils.data import ConcatDataset
     from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils import logging
 
     from configuration_native_retrieval import QUERY_MODES
-    from modeling_native_retrieval import NativeRetrievalModel
-    from native_retrieval.data import drop_overlap, load_texts
     from native_retrieval.examples import build_examples, build_texts
     from native_retrieval.teacher import Teacher
     from native_retrieval.trainer import NativeRetrievalTrainer
@@ -230,39 +274,14 @@ def main(argv: list[str]) -> None:
     unknown = set(data_args.query_modes) - set(QUERY_MODES)
     if unknown or not data_args.query_modes:
         raise ValueError(f"query_modes {sorted(unknown)} are unknown; choose from {', '.join(QUERY_MODES)}")
+    if data_args.query_modes == ["probe"]:
+        raise ValueError("query_modes has the probe alone; add context, which the probe adds to")
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
 
-    # Data first: a bad row should be named before a model is loaded.
-    dev = [load_queries_of(entry, "dev") for entry in data_args.dev_data]
-    train = []
-    for entry in data_args.train_data:
-        name, queries, corpus = load_queries_of(entry, "train")
-        dropped = 0
-        for _, held_out, _ in dev:
-            queries, count = drop_overlap(queries, held_out)
-            dropped += count
-        if dropped:
-            print(f"{name}: left out {dropped} training queries whose conversation is in the dev data")
-        if data_args.max_train_queries:
-            queries = queries.select(range(min(data_args.max_train_queries, len(queries))))
-        train.append((name, queries, corpus))
-    texts = [text for source in data_args.plain_text for text in load_texts(source)["text"]]
-    texts = evenly(texts, data_args.num_plain_texts)
-
+    train, dev, texts = load_data(data_args)  # first: a bad row should be named before a model is loaded
     teacher = Teacher(model_args.teacher, model_args.teacher_revision, cache_dir=data_args.cache_dir)
-    fields = {k: v for k, v in vars(model_args).items() if k not in ("backbone", "teacher") and v is not None}
-    vocabulary = SimpleNamespace(
-        encode=lambda words: np.array(teacher.cached(words, "query", "Teacher: vocabulary", True))
-    )
-    model = NativeRetrievalModel.from_backbone(
-        model_args.backbone,
-        vocabulary,
-        teacher_name_or_path=model_args.teacher,
-        teacher_fingerprint=teacher.fingerprint,
-        **fields,
-    ).to(training_args.device)
-
+    model = new_model(model_args, teacher).to(training_args.device)
     offset = 0
 
     def examples(name, queries, corpus, mode):
@@ -320,9 +339,7 @@ def main(argv: list[str]) -> None:
     without_checks = dataclasses.replace(
         training_args, eval_strategy="no", save_strategy="no", load_best_model_at_end=False, push_to_hub=False
     )
-    questions = {m["content"] for _, q, _ in train for ms in q["messages"] for m in ms if m["role"] == "user"}
-    questions |= {rewrite for _, q, _ in train for rewrite in q["rewrite"] if rewrite}
-    questions = sorted(text for text in questions if len(text.split()) > 3) if data_args.turns_as_text else []
+    questions = questions_of(train) if data_args.turns_as_text else []
     if model.copy_path is not None and data_args.word_epochs and (texts or questions) and not resume:
         words = build_texts(model, teacher, [*texts, *questions], "plain texts")
         print(f"Stage a: the vocabulary's vectors, from {len(words)} plain texts", flush=True)
