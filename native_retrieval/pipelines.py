@@ -41,15 +41,20 @@ QUOTES = "\"'`“”‘’«»"
 # The methods. `query(i, prefill)` is what the clock measures: the work for query i, after the prefill if it reads one.
 
 
-class TeacherOnText:
-    """The teacher encodes a text that is there already; choosing it is not timed."""
+class Method:
+    """What all have: whether the prompt is read, whether a query is written, and where the rest is shared."""
 
     reads_prompt = False
     writes_query = False
-    texts: list[str]
 
     def __init__(self, name: str, comparison: "Comparison"):
         self.name, self.comparison = name, comparison
+
+
+class TeacherOnText(Method):
+    """The teacher encodes a text that is there already; choosing it is not timed."""
+
+    texts: list[str]
 
     def run(self) -> "Run":
         vectors = self.comparison.teacher.cached(self.texts, "query", f"{self.name}: the teacher encodes")
@@ -116,15 +121,10 @@ class GenerateThenEncodeWithQuestion(GenerateThenEncode):
         return f"{written} {self.comparison.last_questions[i]}"
 
 
-class BM25:
+class BM25(Method):
     """Words instead of vectors: bm25s over title and text, with English stemming and stop words."""
 
-    reads_prompt = False
-    writes_query = False
     texts: list[str]
-
-    def __init__(self, name: str, comparison: "Comparison"):
-        self.name, self.comparison = name, comparison
 
     def run(self) -> "Run":
         ids, run = self.comparison.index.ids, {}
@@ -160,15 +160,12 @@ class BM25FullHistory(BM25):
         return ["\n".join(turns(messages)) for messages in self.comparison.messages]
 
 
-class NativeGenerated:
+class NativeGenerated(Method):
     """One model, the paper's way: the head reads the hidden states of the query that the backbone writes."""
 
     reads_prompt = True
     writes_query = True
     mode = "generated"
-
-    def __init__(self, name: str, comparison: "Comparison"):
-        self.name, self.comparison = name, comparison
 
     def run(self) -> "Run":
         return self.comparison.search(self.comparison.backbone_pass.vectors[self.mode])
