@@ -9,7 +9,7 @@ What each part is worth: runs of train.py that differ in one thing, on one data 
     python benchmarks/ablation.py parts configs/ablation.yaml --output results/ablation-probe.json
 
 Each row is one run, told by its best checkpoint on dev. Rows that are in the output already are not run again, so a
-stopped command goes on. A figure is drawn beside the output. Further words go to train.py.
+stopped command goes on. A figure is drawn into `figures/` beside the output. Further words go to train.py.
 """
 
 import argparse
@@ -130,7 +130,10 @@ def main() -> None:
         partial = output.with_suffix(".partial")
         partial.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(partial, output)
-    draw(result["rows"], output.with_suffix(".png"))
+    figure = output.parent / "figures" / f"{output.stem}.png"
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    draw(result["rows"], figure)
+    print(f"Written: {output}, {figure}")
     width = max(len(row["name"]) for row in result["rows"])
     print(f"{'run':{width}}  Recall@10  MRR@10  nDCG@10  minutes")
     for row in result["rows"]:
