@@ -73,7 +73,7 @@ def draw_attributions(model: Any, conversations: Sequence[Messages], path: str |
             x = 11 * CHARACTER_WIDTH
             for word, weight in line:
                 share = np.clip(weight / strongest, -1, 1)
-                ground = colours(0.5 + 0.45 * share) if abs(share) > 0.03 else None
+                ground = colours(0.5 + 0.3 * share) if abs(share) > 0.03 else None
                 _write(figure, word, x, y, "#222222", ground)
                 x += (len(word) + 1) * CHARACTER_WIDTH
         y -= LINE_HEIGHT
