@@ -168,7 +168,7 @@ class ProjectionHead(nn.Module):
     Positions count from the end, so that the newest token always has the same one.
     """
 
-    def __init__(self, config: NativeRetrievalConfig):
+    def __init__(self, config: NativeRetrievalConfig, starts_at_zero: bool):
         super().__init__()
         hidden_size = config.text_config.get_text_config().hidden_size
         num_layers = len(config.hidden_state_layers)
@@ -190,8 +190,7 @@ class ProjectionHead(nn.Module):
             for _ in range(config.head_num_layers)
         )
         self.norm_out = nn.LayerNorm(config.head_dim)
-        # Beside a copy path, training starts from the words and learns what to add to them.
-        linear_out = ZeroLinear if config.copy_num_heads else nn.Linear
+        linear_out = ZeroLinear if starts_at_zero else nn.Linear
         self.linear_out = linear_out(config.head_dim, config.embedding_dim)
         self.skip = ZeroLinear(2 * num_layers * hidden_size, config.embedding_dim) if config.head_skip else None
 
@@ -318,7 +317,7 @@ class Probe(nn.Module):
             width_in, width_out = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
             self.down[name] = nn.Parameter(torch.empty(config.adapter_rank, width_in))
             self.up[name] = nn.Parameter(torch.empty(width_out, config.adapter_rank))
-        self.head = ProjectionHead(config)
+        self.head = ProjectionHead(config, starts_at_zero=True)
         self.summary = ZeroLinear(2 * config.head_dim, 2 * config.head_dim)
 
     def adapt(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
@@ -406,7 +405,8 @@ class NativeRetrievalModel(PreTrainedModel):
             for module in backbone.modules():  # its weights are real: post_init must not draw them anew
                 module._is_hf_initialized = True
         self.backbone = backbone.requires_grad_(False).eval()
-        self.head = ProjectionHead(config)
+        # Beside a copy path, training starts from the words and learns what to add to them.
+        self.head = ProjectionHead(config, starts_at_zero=config.copy_num_heads > 0)
         self.copy_path = CopyPath(config) if config.copy_num_heads else None
         self.probe = Probe(config, backbone) if config.num_probe_tokens else None
         self._let_probes_pass()

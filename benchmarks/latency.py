@@ -181,8 +181,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model = load_model(arguments.model)
     model.backbone.to(getattr(torch, arguments.dtype))
-    # Older turns would be dropped beyond it; here the length is what is measured.
-    model.config.max_prompt_tokens = max(arguments.lengths)
+    # Room for the turn that takes a prompt past the length it is then cut to: none may be dropped.
+    model.config.max_prompt_tokens = max(arguments.lengths) + 1024
     teacher = Teacher(model.config.teacher_name_or_path, model.config.teacher_revision)
     ways = Ways(model, teacher, DocumentIndex.load(arguments.index))
     result = {

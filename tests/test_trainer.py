@@ -296,6 +296,18 @@ def test_train_leaves_a_model_that_loads_and_a_card(stub_training, backbone_dir,
     assert not list(out.glob("checkpoint-*"))
 
 
+def test_the_probe_is_trained_in_a_stage_of_its_own(stub_training, backbone_dir, beir_folder, tmp_path):
+    probe = ("--query_modes", "context", "probe", "--num_probe_tokens", "3", "--adapter_rank", "2")
+    train.main(words(backbone_dir, beir_folder, tmp_path, *probe, "--probe_epochs", "2", "--max_probe_queries", "8"))
+    out = tmp_path / "out"
+    model = AutoModel.from_pretrained(out, trust_remote_code=True)
+    question = "where is the bridge?"
+    assert (model.embed_query(question, mode="probe") - model.embed_query(question, mode="context")).abs().max() > 0
+    dev = json.loads((out / "training.json").read_text())["dev"]
+    assert any("eval_beir_context_recall@10" in entry for entry in dev)
+    assert any("eval_beir_probe_recall@10" in entry for entry in dev)
+
+
 @pytest.mark.parametrize(
     "argv, said",
     [
