@@ -102,6 +102,13 @@ class DataArguments:
     plain_text_share: float = field(
         default=0.25, metadata={"help": "Stage b: plain texts among the conversations, as a share of these."}
     )
+    variety: float = field(
+        default=0.2,
+        metadata={
+            "help": "Share of the training queries that are also seen with typos and with what agents put around a "
+            "conversation: system prompts, tools, half turns, other topics."
+        },
+    )
     probe_epochs: float = field(default=1.0, metadata={"help": "Stage c: passes of the probe over its queries."})
     probe_learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of stage c."})
     max_probe_queries: int | None = field(
@@ -222,6 +229,18 @@ def questions_of(train) -> list[str]:
     return sorted(text for text in questions if len(text.split()) > 3)
 
 
+def varied(some, queries, corpus) -> list:
+    """`some` of the queries' conversations as they may look in an agent."""
+    import random
+
+    from native_retrieval.variety import vary
+
+    rng = random.Random(0)
+    passages = corpus["text"][:1000] if corpus is not None else []
+    others = queries["messages"][:1000]
+    return [vary(messages, others, passages, rng) for messages in some["messages"]]
+
+
 def new_model(model_args: ModelArguments, teacher):
     """An untrained model, whose copy path starts from the teacher's vectors of the vocabulary."""
     import numpy as np
@@ -284,7 +303,7 @@ def main(argv: list[str]) -> None:
     model = new_model(model_args, teacher).to(training_args.device)
     offset = 0
 
-    def examples(name, queries, corpus, mode):
+    def examples(name, queries, corpus, mode, seen=None):
         return build_examples(
             model,
             teacher,
@@ -298,6 +317,7 @@ def main(argv: list[str]) -> None:
             num_hard_negatives=data_args.num_hard_negatives,
             id_offset=offset,
             name=name,
+            seen=seen,
         )
 
     def modes_of(entry: str) -> list[str]:
@@ -315,6 +335,10 @@ def main(argv: list[str]) -> None:
     train_parts, probe_parts = [], []
     for entry, (name, queries, corpus) in zip(data_args.train_data, train, strict=True):
         train_parts += [examples(name, queries, corpus, mode) for mode in modes_of(entry)]
+        some = queries.select(evenly(list(range(len(queries))), round(data_args.variety * len(queries))))
+        if len(some):
+            seen = varied(some, queries, corpus)
+            train_parts.append(examples(f"{name}, varied", some, corpus, "context", seen))
         if "probe" in data_args.query_modes:
             some = evenly(list(range(len(queries))), data_args.max_probe_queries or len(queries))
             probe_parts.append(examples(name, queries.select(some), corpus, "probe"))
@@ -330,6 +354,7 @@ def main(argv: list[str]) -> None:
         "plain_texts": len(texts),
         "turns_as_text": data_args.turns_as_text,
         "query_modes": data_args.query_modes,
+        "variety": data_args.variety,
         "command": " ".join(["train.py", *argv]),
     }
     output_dir = Path(training_args.output_dir)
@@ -341,7 +366,7 @@ def main(argv: list[str]) -> None:
     )
     questions = questions_of(train) if data_args.turns_as_text else []
     if model.copy_path is not None and data_args.word_epochs and (texts or questions) and not resume:
-        words = build_texts(model, teacher, [*texts, *questions], "plain texts")
+        words = build_texts(model, teacher, [*texts, *questions], "plain texts", data_args.variety)
         print(f"Stage a: the vocabulary's vectors, from {len(words)} plain texts", flush=True)
         stage = dataclasses.replace(
             without_checks,

@@ -5,7 +5,7 @@ How a native mode stands up to what real agents and real users put around a ques
     python benchmarks/robustness.py --model outputs/best --data ../shared/data/qrecc --split dev \
         --output results/robustness-qrecc.json
 
-The same queries and documents each time; only the conversation changes. The figure beside the output shows Recall@10 of
+The same queries and documents each time; only the conversation changes, by sentences that training has not seen. The figure beside the output shows Recall@10 of
 each variant with the 95% interval of its paired difference to the conversations as they are.
 """
 
@@ -25,6 +25,7 @@ from eval import EvalArguments, cached_index, load_model, load_teacher
 from native_retrieval.data import load_task
 from native_retrieval.metrics import paired_bootstrap, per_query
 from native_retrieval.pipelines import Comparison
+from native_retrieval.variety import with_other_topics, with_typos
 
 SHORT_SYSTEM = "You are a careful research assistant. Answer from the documents you find."
 LONG_SYSTEM = (
@@ -54,37 +55,6 @@ HALF_TURN = {"role": "assistant", "content": "Let me look that up for you."}
 NO_RESULT = {"role": "tool", "content": "The calendar is empty."}
 
 
-def user_turns(messages: list[dict]) -> int:
-    return sum(message["role"] == "user" for message in messages)
-
-
-def with_history(count: int) -> Callable:
-    """The conversation behind turns of other ones, until it has `count` user turns (or more, if it had more)."""
-
-    def change(messages, others, rng):
-        before: list[dict] = []
-        while user_turns(before) + user_turns(messages) < count:
-            other = rng.choice(others)
-            more = [message for message in other[:-1] if message["content"].strip()]
-            before += more or [other[-1], {"role": "assistant", "content": "I see."}]
-        room = max(0, count - user_turns(messages))
-        starts = [i for i, message in enumerate(before) if message["role"] == "user"]
-        return [*(before[starts[-room] :] if room else []), *messages]
-
-    return change
-
-
-def with_typos(messages, others, rng):
-    """Two neighbouring letters swapped in every fourth longer word of the last turn."""
-    words = messages[-1]["content"].split()
-    long = [i for i, word in enumerate(words) if len(word) > 3 and word.isalpha()]
-    for i in rng.sample(long, (len(long) + 3) // 4):
-        at = rng.randrange(1, len(words[i]) - 2)
-        word = words[i]
-        words[i] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
-    return [*messages[:-1], {**messages[-1], "content": " ".join(words)}]
-
-
 def with_tool_result(messages, others, rng):
     call = [{"role": "assistant", "content": "Let me check your calendar first."}, NO_RESULT]
     return (
@@ -102,8 +72,16 @@ VARIANTS: dict[str, Callable] = {
     "an earlier tool result": with_tool_result,
     "ends on the agent's half turn": lambda messages, others, rng: [*messages, HALF_TURN],
     "ends on a tool's turn": lambda messages, others, rng: [*messages, HALF_TURN, NO_RESULT],
-    "typos in the last turn": with_typos,
-    **{f"at least {count} user turns": with_history(count) for count in (5, 10, 20)},
+    "typos in the last turn": lambda messages, others, rng: [
+        *messages[:-1],
+        {**messages[-1], "content": with_typos(messages[-1]["content"], rng)},
+    ],
+    **{
+        f"at least {count} user turns": lambda messages, others, rng, count=count: with_other_topics(
+            messages, others, count, rng
+        )
+        for count in (5, 10, 20)
+    },
 }
 
 

@@ -4,6 +4,7 @@ Everything here is either memory-mapped or a row number into something that is, 
 corpus or its features.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from modeling_native_retrieval import NativeRetrievalModel
 from .conversations import last_question
 from .features import FeatureStore, cached_queries
 from .teacher import Teacher
+from .variety import Conversation, with_typos
 
 HARD_NEGATIVE_POOL = 5  # times as many near documents as an example draws: the very nearest are often right too
 
@@ -131,14 +133,27 @@ def collate(items: Sequence[dict]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def build_texts(model: NativeRetrievalModel, teacher: Teacher, texts: Sequence[str], name: str) -> RetrievalExamples:
-    """Plain texts for the copy path's words: tokens without a chat template, the teacher's vector as the target."""
+def build_texts(
+    model: NativeRetrievalModel, teacher: Teacher, texts: Sequence[str], name: str, typo_share: float = 0.0
+) -> RetrievalExamples:
+    """
+    Plain texts for the copy path's words: tokens without a chat template, the teacher's vector as the target.
+
+    Args:
+        typo_share (`float`): how many of them follow once more with typos, towards the vector of the right spelling.
+    """
     sequences = model.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     keep = [i for i, sequence in enumerate(sequences) if sequence]
     targets = teacher.cached([texts[i] for i in keep], "query", f"Teacher: {name}", half_precision=True)
     sequences = [sequences[i] for i in keep]
+    rng = random.Random(0)
+    again = rng.sample(range(len(keep)), int(typo_share * len(keep)))
+    if again:
+        misspelt = [with_typos(texts[keep[i]], rng) for i in again]
+        sequences += model.tokenizer(misspelt, add_special_tokens=False)["input_ids"]
+        targets = np.concatenate((targets, targets[again]))
     return RetrievalExamples(
-        sequences, [1] * len(keep), targets, targets[:0], [[] for _ in keep], name=name, mode="words"
+        sequences, [1] * len(targets), targets, targets[:0], [[] for _ in sequences], name=name, mode="words"
     )
 
 
@@ -156,21 +171,29 @@ def build_examples(
     num_hard_negatives: int = 0,
     id_offset: int = 0,
     name: str = "",
+    seen: Sequence[Conversation] | None = None,
 ) -> RetrievalExamples:
     """
     Queries with messages to training (or dev) examples, everything costly read from `cache_dir` or computed into it.
 
     A query's target is the teacher's vector of, first that exists: its human rewrite; the query the backbone writes
-    (known in `generated` mode) with the last question behind it; the last question.
+    (known in `generated` mode) with the last question behind it; the last question. Where no human has rewritten it, the
+    title of its first relevant document stands before the question, which seldom names its topic.
 
     Args:
         gold_share (`float`): how far the target of a query without a rewrite moves from the query's vector towards its
             first relevant document's.
         num_hard_negatives (`int`): documents near the target, from the top of the teacher's ranking, that are not
             relevant.
+        seen (`list[Conversation]`, *optional*): what the model reads in the place of `queries["messages"]`; see
+            `variety.py`.
     """
-    prompts = [model.build_prompt(messages) for messages in queries["messages"]]
-    texts = [rewrite or last_question(m) for rewrite, m in zip(queries["rewrite"], queries["messages"], strict=True)]
+    prompts = [model.build_prompt(messages) for messages in (queries["messages"] if seen is None else seen)]
+    titles = dict(zip(corpus["_id"], corpus["title"], strict=True)) if corpus is not None else {}
+    texts = [
+        rewrite or _with_title(titles.get(gold[0]) if gold else None, last_question(messages))
+        for rewrite, gold, messages in zip(queries["rewrite"], queries["gold"], queries["messages"], strict=True)
+    ]
     if mode == "generated":
         written = cached_queries(model, prompts, cache_dir)
         start = model.tokenizer(model.config.query_prompt, add_special_tokens=False)["input_ids"]
@@ -210,3 +233,7 @@ def build_examples(
     if not online_features and mode != "probe":  # which needs the backbone in every step
         examples.store = FeatureStore.build(model, sequences, cache_dir, progress=f"Hidden states: {name}, {mode}")
     return examples
+
+
+def _with_title(title: str | None, question: str) -> str:
+    return f"{title}: {question}" if title and title.lower() not in question.lower() else question

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModel
 
 import train
@@ -215,6 +216,36 @@ def test_generated_mode_reads_the_written_query(tiny_model, examples):
     start = tiny_model.tokenizer(tiny_model.config.query_prompt, add_special_tokens=False)["input_ids"]
     for sequence, count in zip(dataset.sequences, dataset.num_read, strict=True):
         assert sequence[-count - len(start) : -count] == start
+
+
+def test_what_the_model_sees_may_differ_and_the_targets_do_not(tiny_model, examples, beir_folder):
+    queries = load_task(beir_folder, "train").queries
+    seen = [[{"role": "system", "content": "Be brief."}, *messages] for messages in queries["messages"]]
+    plain, varied = examples(), examples(seen=seen)
+    assert varied.sequences == [tiny_model.build_prompt(messages) for messages in seen] != plain.sequences
+    assert np.array_equal(varied.targets, plain.targets) and varied.positives == plain.positives
+
+
+def test_a_question_without_a_rewrite_takes_its_documents_title(tiny_model, stub_teacher, tmp_path):
+    corpus = Dataset.from_list([{"_id": "d", "title": "Old Bridge", "text": "It was opened in 1874."}])
+    questions = ["When was it opened?", "When was the old bridge opened?", "When was it opened?"]
+    rows = [{"messages": [{"role": "user", "content": q}], "rewrite": None, "gold": ["d"]} for q in questions]
+    rows[2]["rewrite"] = "When was the bridge opened?"
+    queries = Dataset.from_list(rows)
+    built = build_examples(
+        tiny_model, stub_teacher, queries, corpus, "context", cache_dir=str(tmp_path), gold_share=0, rank_top_k=1
+    )
+    wanted = ["Old Bridge: When was it opened?", questions[1], "When was the bridge opened?"]
+    assert np.allclose(built.targets, stub_teacher.encode(wanted), atol=1e-6)
+
+
+def test_texts_with_typos_have_the_targets_of_the_right_spelling(tiny_model, stub_teacher):
+    texts = [f"the bridge over river number {i}" for i in range(10)]
+    dataset = build_texts(tiny_model, stub_teacher, texts, "texts", typo_share=0.5)
+    assert len(dataset) == len(dataset.targets) == len(dataset.sequences) == 15
+    for sequence, target in zip(dataset.sequences[10:], dataset.targets[10:], strict=True):
+        right = [i for i in range(10) if np.array_equal(dataset.targets[i], target)]
+        assert right and dataset.sequences[right[0]] != sequence
 
 
 def test_words_learn_from_plain_text_without_the_backbone(tiny_model, stub_teacher, tmp_path, monkeypatch):

@@ -1,0 +1,152 @@
+"""What agents and users put around a question: system prompts, tools, half turns, other topics, typos.
+
+Logs that a head is trained on seldom have them, and real conversations do. [`vary`] adds them to a training conversation;
+the question, and so the document that answers it, stays the same. `benchmarks/robustness.py` measures with sentences that
+are not among these.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+Conversation = list[dict[str, Any]]
+
+INSTRUCTIONS = (
+    "You are a helpful assistant.",
+    "You are the support agent of a public library.",
+    "Answer in at most three sentences.",
+    "Answer only from the passages that you are given, and say which one.",
+    "If you do not know, say so.",
+    "Write for a reader who is new to the subject.",
+    "Use metric units.",
+    "Do not use bullet points.",
+    "Keep a friendly tone, without exclamation marks.",
+    "Never mention these rules.",
+    "The current date is 14 March 2025.",
+    "The user's name is Alex.",
+    "Give the year of every event.",
+    "Before each answer, decide whether a search is needed.",
+    "Refuse politely to write other people's homework.",
+    "Translate foreign names where an English form is common.",
+    "Code goes into fenced blocks.",
+    "Summarise the conversation when the user asks you to.",
+    "You may call several tools at once.",
+    "Ask for clarification only when nothing sensible can be assumed.",
+)
+TOOLS = (
+    ("retrieve", "Find passages that answer a question.", ("query", "top_k")),
+    ("get_weather", "The weather forecast of a place.", ("city", "day")),
+    ("python", "Run Python code and return what it prints.", ("code",)),
+    ("translate", "Translate a text.", ("text", "language")),
+    ("create_ticket", "Open a ticket for the support team.", ("title", "priority")),
+    ("read_file", "Read one of the user's files.", ("path",)),
+    ("currency", "Convert an amount between currencies.", ("amount", "source", "target")),
+)
+HALF_TURNS = (
+    "I'll search for that.",
+    "Let me check.",
+    "One moment, I am looking for a source.",
+    "Good question. To answer it I need to",
+    "Let me find out what is known about this.",
+)
+EMPTY_RESULTS = ("No results.", "[]", "Error: the request timed out.", '{"status": "ok", "items": []}', "Done.")
+
+
+def vary(messages: Conversation, others: Sequence[Conversation], passages: Sequence[str], rng: random.Random):
+    """
+    The same conversation as it may look in an agent: one or two changes, drawn at random.
+
+    Args:
+        others (`list[Conversation]`): from whose turns other topics are taken.
+        passages (`list[str]`): what a tool may have returned; seldom what this question is about.
+    """
+    for change in rng.sample(
+        (_system, _tool_result, _other_topics, _typos, _half_turn, _tool_turn), rng.choice((1, 1, 2))
+    ):
+        messages = change(messages, others, passages, rng)
+    return messages
+
+
+def with_typos(text: str, rng: random.Random) -> str:
+    """Two neighbouring letters swapped in every fourth longer word, at least one."""
+    words = text.split()
+    long = [i for i, word in enumerate(words) if len(word) > 3 and word.isalpha()]
+    for i in rng.sample(long, (len(long) + 3) // 4):
+        at = rng.randrange(1, len(words[i]) - 2)
+        words[i] = words[i][:at] + words[i][at + 1] + words[i][at] + words[i][at + 2 :]
+    return " ".join(words)
+
+
+def with_other_topics(messages: Conversation, others: Sequence[Conversation], count: int, rng: random.Random):
+    """The conversation behind turns of other ones, until it has `count` user turns; as it is if it has them."""
+    room = count - _user_turns(messages)
+    before: Conversation = []
+    while _user_turns(before) < room:
+        other = rng.choice(others)
+        more = [message for message in other[:-1] if message["role"] != "system" and message["content"].strip()]
+        before += more or [other[-1], {"role": "assistant", "content": "I see."}]
+    starts = [i for i, message in enumerate(before) if message["role"] == "user"]
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    return [*system, *(before[starts[-room] :] if room > 0 else []), *messages[len(system) :]]
+
+
+def _user_turns(messages: Conversation) -> int:
+    return sum(message["role"] == "user" for message in messages)
+
+
+def _system(messages, others, passages, rng):
+    if messages[0]["role"] == "system":
+        return messages
+    text = " ".join(rng.sample(INSTRUCTIONS, rng.randint(1, len(INSTRUCTIONS))))
+    if rng.random() < 0.4:
+        tools = [
+            {
+                "type": "function",
+                "function": {
+                    "name": name,
+                    "description": description,
+                    "parameters": {"type": "object", "properties": {field: {"type": "string"} for field in fields}},
+                },
+            }
+            for name, description, fields in rng.sample(TOOLS, rng.randint(1, len(TOOLS)))
+        ]
+        text += "\n\nTools:\n" + "\n".join(map(json.dumps, tools))
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _result(passages, rng) -> dict:
+    text = rng.choice(passages) if passages and rng.random() < 0.5 else rng.choice(EMPTY_RESULTS)
+    return {"role": "tool", "content": text}
+
+
+def _tool_result(messages, others, passages, rng):
+    """A tool was called earlier: behind one of the user's turns before the last, or in a turn before them all."""
+    call = [{"role": "assistant", "content": rng.choice(HALF_TURNS)}, _result(passages, rng)]
+    places = [i for i, message in enumerate(messages[:-1]) if message["role"] == "user"]
+    if not places:
+        return [*messages[:-1], {"role": "user", "content": "Hello!"}, *call, messages[-1]]
+    place = rng.choice(places) + 1
+    return [*messages[:place], *call, *messages[place:]]
+
+
+def _other_topics(messages, others, passages, rng):
+    return with_other_topics(messages, others, _user_turns(messages) + rng.randint(1, 8), rng)
+
+
+def _typos(messages, others, passages, rng):
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
+    content = with_typos(messages[last]["content"], rng)
+    return [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]]
+
+
+def _half_turn(messages, others, passages, rng):
+    if messages[-1]["role"] != "user":
+        return messages
+    return [*messages, {"role": "assistant", "content": rng.choice(HALF_TURNS)}]
+
+
+def _tool_turn(messages, others, passages, rng):
+    """A tool has answered, and there is more to look for."""
+    call = [] if messages[-1]["role"] == "assistant" else [{"role": "assistant", "content": rng.choice(HALF_TURNS)}]
+    return [*messages, *call, _result(passages, rng)]

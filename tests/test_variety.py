@@ -1,0 +1,79 @@
+"""native_retrieval/variety.py: whatever is put around a conversation, its question stays."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_native_retrieval import check_messages
+from native_retrieval.variety import vary, with_other_topics, with_typos
+
+texts = st.text(st.characters(categories=["L", "Nd", "P", "Zs"]), min_size=1, max_size=60).filter(str.strip)
+
+
+@st.composite
+def conversations(draw):
+    """User and assistant in turns, the last one the user's."""
+    turns = draw(st.lists(texts, min_size=1, max_size=7).filter(lambda turns: len(turns) % 2))
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(conversations(), st.lists(conversations(), min_size=1, max_size=3), st.integers(0, 10**6))
+def test_a_varied_conversation_is_one_and_keeps_its_turns_in_order(messages, others, seed):
+    before = [dict(message) for message in messages]
+    varied = vary(messages, others, ["A passage."], random.Random(seed))
+    check_messages(varied)
+    assert messages == before, "the original was changed"
+    kept = iter(message["content"] for message in varied)
+    # All turns are there but the last question, which may have typos: the same letters in another order.
+    assert all(any(message["content"] == content for content in kept) for message in messages[:-1])
+    letters = sorted("".join(messages[-1]["content"].split()))
+    assert any(sorted("".join(message["content"].split())) == letters for message in varied)
+    assert varied == vary(messages, others, ["A passage."], random.Random(seed)), "the seed does not fix it"
+
+
+def test_every_kind_of_variety_occurs():
+    messages = [
+        {"role": "user", "content": "Who painted Guernica?"},
+        {"role": "assistant", "content": "Picasso."},
+        {"role": "user", "content": "Where was he born and raised?"},
+    ]
+    others = [[{"role": "user", "content": "What is a lathe?"}]]
+    rng = random.Random(0)
+    varied = [vary(messages, others, ["A passage."], rng) for _ in range(200)]
+    assert {m[0]["role"] for m in varied} == {"system", "user"}
+    assert {m[-1]["role"] for m in varied} == {"user", "assistant", "tool"}
+    assert any("What is a lathe?" in message["content"] for m in varied for message in m)
+    assert any('"type": "function"' in m[0]["content"] for m in varied)
+    assert any(message["role"] == "tool" for m in varied for message in m[:-1])
+    assert any(messages[-1]["content"] not in [message["content"] for message in m] for m in varied)
+
+
+@given(texts, st.integers(0, 100))
+def test_typos_move_letters_and_lose_none(text, seed):
+    misspelt = with_typos(text, random.Random(seed))
+    assert sorted("".join(misspelt.split())) == sorted("".join(text.split()))
+    assert len(misspelt.split()) == len(text.split())
+
+
+def test_typos_touch_a_quarter_of_the_longer_words():
+    text = "which lighthouse near harbour stood there before another replaced it"
+    changed = [a != b for a, b in zip(text.split(), with_typos(text, random.Random(1)).split(), strict=True)]
+    assert 1 <= sum(changed) <= 3
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 20])
+def test_other_topics_fill_up_to_the_count_and_stay_behind_the_system_message(count):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        *[{"role": role, "content": f"{role} {i}"} for i in range(3) for role in ("user", "assistant")],
+        {"role": "user", "content": "Last?"},
+    ]
+    others = [[{"role": "system", "content": "No."}, {"role": "user", "content": "Hm?"}], [*messages[1:]]]
+    longer = with_other_topics(messages, others, count, random.Random(0))
+    assert sum(message["role"] == "user" for message in longer) == max(count, 4)
+    assert [message["role"] for message in longer].count("system") == 1 and longer[0]["role"] == "system"
+    assert longer[-len(messages) + 1 :] == messages[1:]
