@@ -363,6 +363,74 @@ class NativeRetrievalOutput(ModelOutput):
     query_ids: list[list[int]] | None = None
 
 
+class QueryCache(DynamicCache):
+    """
+    A KV cache that also keeps what the head reads: the tokens that passed and their states at `hidden_state_layers`.
+
+    Whatever passes through the backbone with it is recorded, a generation's tokens included, so that a vector can be
+    taken at any point without a second pass. It grows by a quarter for that.
+    """
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        self.activate_past_recording()  # sliding windows could not be cropped otherwise
+        self._padding: torch.Tensor | None = None  # the mask of the tokens up to the last prefill; later ones are real
+        self._recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def record(self, input_ids: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        self._recorded.append((input_ids, hidden_states))
+
+    def recorded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens, mask `(batch, tokens)` and states `(batch, tokens, layers, hidden_size)` of all that passed."""
+        if len({len(ids) for ids, _ in self._recorded}) != 1:
+            raise ValueError("this cache has passed through beam search or another batch; take the vector before that")
+        input_ids, hidden_states = (torch.cat(parts, dim=1) for parts in zip(*self._recorded, strict=True))
+        self._recorded = [(input_ids, hidden_states)]
+        generated = input_ids.shape[1] - self._padding.shape[1]
+        return input_ids, F.pad(self._padding, (0, generated), value=1), hidden_states
+
+    def cut(self, mask: torch.Tensor) -> bool:
+        """
+        Forgets what follows the `mask` `(batch, tokens)`, and hides what it hides. False if that cannot be done: a
+        sliding window has dropped what would be needed now, or would count what is hidden.
+        """
+        input_ids, _, hidden_states = self.recorded()
+        tokens = mask.shape[1]
+        if tokens < input_ids.shape[1]:
+            self.crop(tokens - input_ids.shape[1])
+        self._padding = mask
+        self._recorded = [(input_ids[:, :tokens], hidden_states[:, :tokens])]
+        windows = [layer for layer in self.layers if layer.is_sliding]
+        holes = bool(((mask == 0) & (mask.cumsum(1) > 0)).any())
+        return all(
+            not holes and layer.keys.shape[-2] >= min(layer.sliding_window - 1, layer.get_seq_length())
+            for layer in windows
+        )
+
+    def branch(self) -> "QueryCache":
+        """A cache to go on from without changing this one: layers replace their tensors, and never write into them."""
+        branch = copy.copy(self)
+        branch.layers = [copy.copy(layer) for layer in self.layers]
+        branch._recorded = list(self._recorded)
+        return branch
+
+
+def _keep_states(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    if isinstance(kwargs.get("past_key_values"), QueryCache):
+        kwargs["output_hidden_states"] = True
+    return args, kwargs
+
+
+def _record_states(layers: list[int], module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, QueryCache):
+        hidden_states = torch.stack([output.hidden_states[i] for i in layers], dim=2)
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if input_ids is None:  # a probe's embeddings are no tokens
+            input_ids = torch.full(hidden_states.shape[:2], -1, device=hidden_states.device)
+        cache.record(input_ids, hidden_states)
+
+
 @dataclass
 class Prefill(ModelOutput):
     """A batch of prompts after one pass through the backbone: everything that either head or generation needs."""
@@ -409,7 +477,7 @@ class NativeRetrievalModel(PreTrainedModel):
         self.head = ProjectionHead(config, starts_at_zero=config.copy_num_heads > 0)
         self.copy_path = CopyPath(config) if config.copy_num_heads else None
         self.probe = Probe(config, backbone) if config.num_probe_tokens else None
-        self._let_probes_pass()
+        self._hook_backbone()
         if not config.store_backbone:
             self._keys_to_ignore_on_load_missing = [r"^backbone\."]
         self._tokenizer = None
@@ -432,8 +500,15 @@ class NativeRetrievalModel(PreTrainedModel):
                 init.normal_(module.down[name], std=module.down[name].shape[1] ** -0.5)
                 init.zeros_(module.up[name])
 
-    def _let_probes_pass(self) -> None:
-        """Hooks on the backbone's linear layers, which do nothing but while a probe's tokens pass through."""
+    def _hook_backbone(self) -> None:
+        """
+        Hooks that let a `QueryCache` record, and others on the linear layers that do nothing but while a probe's tokens
+        pass through.
+        """
+        base = self.backbone.base_model
+        if _keep_states not in base._forward_pre_hooks.values():
+            base.register_forward_pre_hook(_keep_states, with_kwargs=True)
+            base.register_forward_hook(partial(_record_states, self.config.hidden_state_layers), with_kwargs=True)
         if self.probe is None:
             return
         for name, layer in _linear_layers(self.backbone):
@@ -534,7 +609,7 @@ class NativeRetrievalModel(PreTrainedModel):
                     "fetched: make it reachable, or save the model with store_backbone=True"
                 ) from error
             model.backbone = weights.requires_grad_(False).eval().to(model.head.linear_out.weight.device)
-            model._let_probes_pass()
+            model._hook_backbone()
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -580,14 +655,25 @@ class NativeRetrievalModel(PreTrainedModel):
 
     def generate(self, input_ids: torch.LongTensor | None = None, **kwargs):
         """
-        The backbone's own `generate`. Takes `past_key_values` from `embed_query(..., return_cache=True)`, with the
-        tokens that the cache was made of and any that follow.
+        The backbone's own `generate`. With `past_key_values` from `embed_query(..., return_cache=True)`, the tokens that
+        the cache shares with `input_ids` do not pass again; the cache goes on recording, so that `embed_query` can take
+        a vector at any later point.
         """
         cache = kwargs.get("past_key_values")
-        if cache is not None and input_ids is not None and cache.get_seq_length() == input_ids.shape[1]:
-            # To name the next token, the backbone must see the last one, which the cache already holds.
-            cache.crop(-1)
-        return self.backbone.generate(input_ids, **kwargs)
+        if not isinstance(cache, QueryCache) or input_ids is None:
+            return self.backbone.generate(input_ids, **kwargs)
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+        laid_out, kwargs["attention_mask"], kwargs["past_key_values"] = self._go_on(cache, prompts)
+        output = self.backbone.generate(laid_out, **kwargs)
+        # Rows that go on from different places are laid out anew; the caller gets back what was given, and the new.
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        sequences = torch.cat((input_ids, sequences[:, laid_out.shape[1] :]), dim=1)
+        if isinstance(output, torch.Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
 
     # -- hidden states to vectors -------------------------------------------------------------------------------------
 
@@ -672,9 +758,16 @@ class NativeRetrievalModel(PreTrainedModel):
 
     @torch.no_grad()
     def prefill(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None, use_cache: bool = True
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        past_key_values: QueryCache | None = None,
+        use_cache: bool = True,
     ) -> Prefill:
-        """One pass of prompts `(batch, tokens)` through the backbone, without its language-model head."""
+        """
+        One pass of prompts `(batch, tokens)` through the backbone, without its language-model head. Of a cache's own
+        tokens, which come first, none passes again.
+        """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         longest = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
@@ -683,19 +776,48 @@ class NativeRetrievalModel(PreTrainedModel):
                 f"a prompt of {input_ids.shape[1]} tokens is longer than the backbone's context of {longest}; "
                 "lower max_prompt_tokens"
             )
-        cache = DynamicCache(config=self.backbone.config) if use_cache else None
-        if cache is not None:
-            cache.activate_past_recording()  # sliding windows could not be cropped otherwise
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = QueryCache(self.backbone.config)
+        past = cache.get_seq_length() if cache is not None else 0
         output = self.backbone.base_model(
-            input_ids=input_ids,
+            input_ids=input_ids[:, past:],
             attention_mask=attention_mask,
-            position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
+            position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:],
             past_key_values=cache,
-            use_cache=use_cache,
+            use_cache=cache is not None,
             output_hidden_states=True,
         )
-        hidden_states = torch.stack([output.hidden_states[i] for i in self.config.hidden_state_layers], dim=2)
-        return Prefill(input_ids, attention_mask, hidden_states, output.past_key_values if use_cache else None)
+        if cache is None:
+            hidden_states = torch.stack([output.hidden_states[i] for i in self.config.hidden_state_layers], dim=2)
+            return Prefill(input_ids, attention_mask, hidden_states)
+        cache._padding = attention_mask
+        return Prefill(*cache.recorded(), cache)
+
+    def _go_on(self, cache: QueryCache, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, QueryCache]:
+        """
+        Prompts `(batch, tokens)` and their mask, laid out behind what a cache knows of them already, and that cache;
+        what it knows beyond them is cut off. At least one token of each is left to pass: from its state the next follows.
+        """
+        input_ids, mask, _ = cache.recorded()
+        if len(prompts) != len(input_ids):
+            raise ValueError(f"the cache holds {len(input_ids)} conversations, and {len(prompts)} are to go on from it")
+        known, rest = torch.zeros_like(mask), []
+        for row, prompt in enumerate(prompts):
+            places = mask[row].nonzero().flatten()[: len(prompt) - 1]
+            same = input_ids[row, places] == torch.tensor(prompt, device=input_ids.device)[: len(places)]
+            count = int(same.long().cumprod(0).sum())
+            known[row, places[:count]] = 1
+            rest.append(prompt[count:])
+        known = known[:, : int(known.any(0).nonzero().max()) + 1 if known.any() else 0]
+        if not known.shape[1] or not cache.cut(known):
+            return *self._pad(prompts), QueryCache(self.backbone.config)
+        more, more_mask = self._pad(rest)
+        return (
+            torch.cat((input_ids[:, : known.shape[1]], more), dim=1),
+            torch.cat((known, more_mask), dim=1),
+            cache,
+        )
 
     def pass_probe(self, prefill: Prefill) -> torch.Tensor:
         """
@@ -711,7 +833,7 @@ class NativeRetrievalModel(PreTrainedModel):
                 inputs_embeds=self.probe.embeddings.to(self.backbone.dtype).expand(batch, -1, -1),
                 attention_mask=mask,
                 position_ids=(mask.long().cumsum(1) - 1)[:, -count:],
-                past_key_values=_branch(prefill.past_key_values),
+                past_key_values=prefill.past_key_values.branch(),
                 use_cache=True,
                 output_hidden_states=True,
             )
@@ -734,30 +856,22 @@ class NativeRetrievalModel(PreTrainedModel):
         ends = self.backbone.generation_config.eos_token_id
         ends = ends if isinstance(ends, (list, tuple)) else [ends]
         ends = sorted({i for i in ends if i is not None} | set(self._line_end_ids) | set(self._special_ids))
-        pad = self._pad_id()
         generation_config = GenerationConfig(
             # One more than is kept: a token's state exists once the token after it is asked for.
             max_new_tokens=self.config.max_query_tokens + 1,
             min_new_tokens=1,
             do_sample=False,
             eos_token_id=ends,
-            pad_token_id=pad,
-            return_dict_in_generate=True,
-            output_hidden_states=True,
+            pad_token_id=self._pad_id(),
         )
         input_ids = torch.cat((prefill.input_ids, start), dim=1)
         mask = torch.cat((prefill.attention_mask, torch.ones_like(start)), dim=1)
-        output = self.backbone.generate(
-            input_ids=input_ids,
-            attention_mask=mask,
-            past_key_values=_branch(prefill.past_key_values),
-            generation_config=generation_config,
+        cache = prefill.past_key_values.branch()
+        sequences = self.backbone.generate(
+            input_ids=input_ids, attention_mask=mask, past_key_values=cache, generation_config=generation_config
         )
-        steps = [
-            torch.stack([step[i] for i in self.config.hidden_state_layers], dim=2) for step in output.hidden_states
-        ]
-        hidden_states = torch.cat([prefill.hidden_states, *steps], dim=1)
-        written = output.sequences[:, length + start.shape[1] :][:, : self.config.max_query_tokens]
+        _, _, hidden_states = cache.recorded()
+        written = sequences[:, length + start.shape[1] :][:, : self.config.max_query_tokens]
         written = written[:, : hidden_states.shape[1] - length - start.shape[1]]
         real = (~torch.isin(written, torch.tensor(ends, device=device))).long().cumprod(1)
         input_ids = torch.cat((input_ids, written), dim=1)
@@ -792,10 +906,11 @@ class NativeRetrievalModel(PreTrainedModel):
 
     def embed_query(
         self,
-        queries: str | Conversation | list[str] | list[Conversation],
+        queries: str | Conversation | list[str] | list[Conversation] | torch.LongTensor,
         *,
         mode: str | None = None,
         batch_size: int = 32,
+        past_key_values: QueryCache | None = None,
         return_cache: bool = False,
         return_attributions: bool = False,
     ) -> torch.Tensor | NativeRetrievalOutput:
@@ -804,11 +919,13 @@ class NativeRetrievalModel(PreTrainedModel):
 
         Args:
             queries: a question, a list of questions, a conversation (a list of messages `{"role", "content"}`, ending
-                on any role), or a list of conversations.
+                on any role), a list of conversations, or token ids `(batch, tokens)` as `generate` returned them.
             mode (`"context"`, `"generated"` or `"probe"`, *optional*): defaults to `config.query_mode`.
             batch_size (`int`): prompts in one pass; they are sorted by length, so that little of it is padding.
-            return_cache (`bool`): also return the prompts' KV cache, token ids and mask, for `generate`. All prompts
-                then go through in one batch.
+            past_key_values (`QueryCache`, *optional*): from an earlier call with `return_cache=True`: what it shares with
+                these prompts, the tokens generated since included, does not pass again. It is cut to what is shared.
+            return_cache (`bool`): also return the prompts' KV cache, token ids and mask, for `generate` and for the next
+                turn. With either of these, all prompts go through in one batch.
             return_attributions (`bool`): also return each token's weight in the copy path, in one batch as well.
 
         Returns:
@@ -820,17 +937,24 @@ class NativeRetrievalModel(PreTrainedModel):
         mode = self._check_mode(mode)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        conversations = _as_conversations(queries)
-        prompts = [self.build_prompt(conversation) for conversation in conversations]
-        if return_cache or return_attributions:
+        if isinstance(queries, torch.Tensor):
+            if queries.ndim != 2 or queries.is_floating_point():
+                raise ValueError(f"queries {tuple(queries.shape)} {queries.dtype}; token ids must be (batch, tokens)")
+            prompts = self._without_padding(queries, past_key_values)
+        else:
+            prompts = [self.build_prompt(conversation) for conversation in _as_conversations(queries)]
+        if past_key_values is not None or return_cache or return_attributions:
             if not prompts:
                 raise ValueError("queries is empty; a cache or attributions need at least one conversation")
-            prefill = self.prefill(*self._pad(prompts))
+            if past_key_values is None:
+                prefill = self.prefill(*self._pad(prompts))
+            else:
+                prefill = self.prefill(*self._go_on(past_key_values, prompts))
             output = self.embed_prefilled(prefill, mode)
             if return_cache:
                 output.past_key_values = prefill.past_key_values
                 output.input_ids, output.attention_mask = prefill.input_ids, prefill.attention_mask
-            return output
+            return output if return_cache or return_attributions else output.query_embeddings.float().cpu()
         vectors = torch.empty(len(prompts), self.config.embedding_dim)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for begin in range(0, len(order), batch_size):
@@ -854,6 +978,16 @@ class NativeRetrievalModel(PreTrainedModel):
             attention_mask[row, width - len(prompt) :] = 1
         return input_ids.to(self.backbone.device), attention_mask.to(self.backbone.device)
 
+    @staticmethod
+    def _without_padding(input_ids: torch.Tensor, cache: QueryCache | None) -> list[list[int]]:
+        """Rows of token ids; what a cache knows to be padding is left out."""
+        mask = torch.ones_like(input_ids)
+        if cache is not None:
+            padding = cache.recorded()[1][:, : input_ids.shape[1]]
+            if len(padding) == len(mask):
+                mask[:, : padding.shape[1]] = padding
+        return [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else (self.tokenizer.eos_token_id or 0)
@@ -865,13 +999,6 @@ class NativeRetrievalModel(PreTrainedModel):
         if mode == "probe" and self.probe is None:
             raise ValueError("mode='probe' needs a model with a probe; this one has num_probe_tokens=0")
         return mode
-
-
-def _branch(cache: DynamicCache) -> DynamicCache:
-    """A cache to go on from without changing this one: layers replace their tensors, and never write into them."""
-    branch = copy.copy(cache)
-    branch.layers = [copy.copy(layer) for layer in cache.layers]
-    return branch
 
 
 def _as_conversations(queries) -> list[Conversation]:
@@ -894,4 +1021,4 @@ def _as_conversations(queries) -> list[Conversation]:
 
 
 NativeRetrievalModel.register_for_auto_class("AutoModel")
-__all__ = ["NativeRetrievalModel", "NativeRetrievalOutput", "Prefill", "ProjectionHead", "CopyPath", "build_prompt"]
+__all__ = ["NativeRetrievalModel", "NativeRetrievalOutput", "Prefill", "QueryCache", "ProjectionHead", "CopyPath", "build_prompt"]

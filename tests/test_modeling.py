@@ -5,12 +5,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CONTEXT, FAMILIES, SPECIAL_TOKENS, StubTeacher
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -320,6 +322,144 @@ def test_one_thread_may_embed_while_another_generates(tiny_model: NativeRetrieva
         assert all(pool.map(work, range(30)))
 
 
+# An agent's turn: one cache for the vector, the answer, and the next turn
+
+
+@contextmanager
+def tokens_passed(model: NativeRetrievalModel):
+    """Counts the tokens a row that go through the backbone."""
+    counts: list[int] = []
+
+    def count(module, args, kwargs):
+        counts.append(kwargs["input_ids"].shape[1] if "input_ids" in kwargs else args[0].shape[1])
+
+    handle = model.backbone.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+
+GREEDY = {"do_sample": False, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_next_turn_passes_only_what_is_new(model: NativeRetrievalModel, mode: str):
+    messages = [*CONVERSATIONS[1]]
+    cache = model.embed_query(messages, mode=mode, return_cache=True).past_key_values
+    for turn in range(3):
+        ids = model.tokenizer(model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        ids = torch.tensor([ids["input_ids"] if turn else model.build_prompt(messages)])
+        answer = model.generate(ids, past_key_values=cache, max_new_tokens=6, eos_token_id=None, **GREEDY)
+        text = model.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).strip() or "Yes."
+        messages += [assistant(text), user(f"And who came after number {turn}, and when was that?")]
+        whole = len(model.build_prompt(messages))
+        with tokens_passed(model) as counts:
+            found = model.embed_query(messages, mode="context", past_key_values=cache, return_cache=True)
+        assert sum(counts) <= whole - ids.shape[1] + 4, "the history passed again"
+        cache = found.past_key_values
+        assert_close(found.query_embeddings, model.embed_query(messages, mode="context"))
+        assert_close(model.embed_query(messages, mode=mode, past_key_values=cache), model.embed_query(messages, mode=mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_vector_in_the_middle_of_a_generation_changes_nothing(model: NativeRetrievalModel, mode: str):
+    cache = model.embed_query(CONVERSATIONS, return_cache=True)
+    ids, mask = cache.input_ids, cache.attention_mask
+    wanted = model.generate(ids, attention_mask=mask, max_new_tokens=12, eos_token_id=None, **GREEDY)
+    half = model.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=cache.past_key_values,
+        max_new_tokens=5,
+        eos_token_id=None,
+        **GREEDY,
+    )
+    assert torch.equal(half, wanted[:, : half.shape[1]])
+    with tokens_passed(model) as counts:
+        vectors = model.embed_query(half, mode="context", past_key_values=cache.past_key_values)
+    assert counts == [1], "more passed than the token that generate had left"
+    longer = F.pad(mask, (0, 5), value=1)
+    assert_close(vectors, model(half, longer).query_embeddings)
+    other = model.embed_query(half, mode=mode, past_key_values=cache.past_key_values)
+    rows = [row[keep.bool()].tolist() for row, keep in zip(half, longer, strict=True)]
+    prefill = model.prefill(*model._pad(rows))
+    assert_close(other, model.embed_prefilled(prefill, mode).query_embeddings)
+    rest = model.generate(
+        half,
+        attention_mask=longer,
+        past_key_values=cache.past_key_values,
+        max_new_tokens=7,
+        eos_token_id=None,
+        **GREEDY,
+    )
+    assert torch.equal(rest, wanted)
+
+
+def test_rows_of_a_batch_go_on_by_different_lengths(model: NativeRetrievalModel):
+    cache = model.embed_query(CONVERSATIONS, return_cache=True).past_key_values
+    longer = [
+        [*messages, {"role": "tool", "content": "It was built in 1874 by a printer. " * (i % 3 + 1)}]
+        for i, messages in enumerate(CONVERSATIONS)
+    ]
+    rows = prompts_of(model, longer)
+    ids, mask = model._pad(rows)
+    wanted = model.generate(ids, attention_mask=mask, max_new_tokens=8, eos_token_id=None, **GREEDY)
+    found = model.embed_query(longer, past_key_values=cache, return_cache=True)
+    assert_close(found.query_embeddings, model.embed_query(longer))
+    seen = model.generate(
+        found.input_ids,
+        attention_mask=found.attention_mask,
+        past_key_values=found.past_key_values,
+        max_new_tokens=8,
+        eos_token_id=None,
+        **GREEDY,
+    )
+    assert torch.equal(seen[:, found.input_ids.shape[1] :], wanted[:, ids.shape[1] :])
+    # As a user would call it: with the batch padded in the usual way.
+    found = model.embed_query(CONVERSATIONS, return_cache=True)
+    seen = model.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=found.past_key_values,
+        max_new_tokens=8,
+        eos_token_id=None,
+        **GREEDY,
+    )
+    assert torch.equal(seen, wanted)
+
+
+def test_logits_behind_a_cache_are_those_of_an_uncached_run(model: NativeRetrievalModel):
+    found = model.embed_query(CONVERSATIONS[1], return_cache=True)
+    ids = torch.cat((found.input_ids, model.tokenizer(" It was built in 1874.", return_tensors="pt")["input_ids"]), 1)
+    arguments = {"max_new_tokens": 6, "eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
+    seen = model.generate(ids, past_key_values=found.past_key_values, **arguments, **GREEDY)
+    wanted = model.generate(ids, **arguments, **GREEDY)
+    assert torch.equal(seen.sequences, wanted.sequences)
+    assert torch.allclose(torch.stack(seen.logits), torch.stack(wanted.logits), atol=1e-4)
+
+
+def test_an_edited_history_is_passed_anew_from_where_it_differs(model: NativeRetrievalModel):
+    cache = model.embed_query(CONVERSATIONS[1], return_cache=True).past_key_values
+    ids = torch.tensor([model.build_prompt(CONVERSATIONS[1])])
+    model.generate(ids, past_key_values=cache, max_new_tokens=9, eos_token_id=None, **GREEDY)
+    for place, text in ((2, "It was founded in 1901."), (1, "Tell me about the lighthouse."), (0, "Answer at length.")):
+        edited = [dict(message) for message in CONVERSATIONS[1]]
+        edited[place]["content"] = text
+        found = model.embed_query(edited, past_key_values=cache, return_cache=True)
+        assert_close(found.query_embeddings, model.embed_query(edited))
+        cache = found.past_key_values
+
+
+def test_a_cache_of_other_conversations_is_refused(tiny_model: NativeRetrievalModel):
+    cache = tiny_model.embed_query(CONVERSATIONS[:2], return_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds 2 conversations, and 1 ") as error:
+        tiny_model.embed_query(CONVERSATIONS[0], past_key_values=cache)
+    assert_one_line(error)
+    with pytest.raises(ValueError, match="token ids must be"):
+        tiny_model.embed_query(torch.zeros(2))
+
+
 # The paper's mode: a query is written first
 
 
@@ -441,6 +581,7 @@ for name in NAMES:
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 folders, conversations = json.loads(sys.argv[1]), json.loads(sys.argv[2])
