@@ -157,7 +157,7 @@ class ZeroLinear(nn.Linear):
     """
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return F.linear(states, self.weight / self.in_features, self.bias)
+        return F.linear(states / self.in_features, self.weight, self.bias)
 
 
 class ProjectionHead(nn.Module):
@@ -1021,4 +1021,12 @@ def _as_conversations(queries) -> list[Conversation]:
 
 
 NativeRetrievalModel.register_for_auto_class("AutoModel")
-__all__ = ["NativeRetrievalModel", "NativeRetrievalOutput", "Prefill", "QueryCache", "ProjectionHead", "CopyPath", "build_prompt"]
+__all__ = [
+    "NativeRetrievalModel",
+    "NativeRetrievalOutput",
+    "Prefill",
+    "QueryCache",
+    "ProjectionHead",
+    "CopyPath",
+    "build_prompt",
+]

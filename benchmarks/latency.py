@@ -2,14 +2,20 @@
 """
 From the finished prefill to the documents, in milliseconds, each way and its parts.
 
-    python benchmarks/latency.py --model outputs/best --index .cache/demo/index --output results/latency.json
+    python benchmarks/latency.py --model outputs/best --index .cache/demo/index --output results/bench-latency.json
 
-One conversation at several lengths; the ways take turns in each round, so that whatever slows the machine down slows all
-of them. Medians; the first rounds are dropped. The prompt is prefilled once a length: no way changes its cache.
+One conversation at several lengths, in bf16 and fp32; the ways take turns in each round, so that whatever slows the
+machine down slows all of them. Medians; the first rounds are dropped. The prompt is prefilled once a length: no way
+changes its cache. Besides: one decode step; the paper's comparison, the head on the written query's states against the
+teacher's encoding of the same query (its 21.8x is with a teacher of 8B); and the peak memory of a process that serves one
+way and nothing else.
+
+A model without a probe is given an untrained one, which takes as long.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -23,17 +29,20 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from eval import load_model
+from modeling_native_retrieval import Probe
 from native_retrieval.index import DocumentIndex
 from native_retrieval.report import environment
 from native_retrieval.teacher import Teacher
 
 WARM_UP = 3
 TOP_K = 10
+DTYPES = ("bfloat16", "float32")
 TEXT = (
     "The lighthouse stands on the northern cape and was first lit in 1874, after two ships had been lost in one winter. Its "
     "keeper lived there with his family until the lamp became electric, and the house is now a small museum of the coast. "
 )
 QUESTION = "When was the museum in it opened, and who runs it today?"
+WAYS = ("generate-then-encode", "native-generated", "native-context", "native-probe")
 PARTS = ("decode", "teacher", "probe", "head", "search")
 COLOURS = {"decode": "#E69F00", "teacher": "#6E6E6E", "probe": "#D55E00", "head": "#0072B2", "search": "#222222"}
 
@@ -46,6 +55,15 @@ def conversation_of(model, tokens: int) -> list[int]:
         messages = [*history, *messages]
     ids = model.build_prompt(messages)
     return ids[:4] + ids[len(ids) - tokens + 4 :]
+
+
+def with_probe(model):
+    if model.probe is None:
+        model.config.num_probe_tokens = 8
+        model.probe = Probe(model.config, model.backbone).requires_grad_(False).eval()
+        torch.nn.init.normal_(model.probe.embeddings, std=0.02)
+        model._hook_backbone()
+    return model
 
 
 class Clock:
@@ -108,62 +126,126 @@ class Ways:
         clock.time("search", self.search, self.head(clock, prefill, probe_states=states))
 
     def all(self) -> dict:
-        ways = {
-            "generate-then-encode": self.generate_then_encode,
-            "native-generated": self.native_generated,
-            "native-context": self.native_context,
-        }
-        return ways | ({"native-probe": self.native_probe} if self.model.probe is not None else {})
+        return {name: getattr(self, name.replace("-", "_")) for name in WAYS}
+
+    # -- what the parts are compared with -----------------------------------------------------------------------------
+
+    def decode_step(self, clock, prefill):
+        ids = torch.cat((prefill.input_ids, prefill.input_ids[:, -1:]), dim=1)
+        clock.time("decode step", lambda: self.model.prefill(ids, past_key_values=prefill.past_key_values.branch()))
+
+    @torch.no_grad()
+    def head_alone(self, clock, written, query: str, count: int):
+        states = written.hidden_states[:, -count:].to(self.model.head.linear_in.weight.dtype)
+        clock.time("head on the query", self.model.head, states, torch.ones(1, count, dtype=torch.bool))
+        clock.time("teacher on the query", self.teacher.encode, [query])
 
 
-def measure(ways: Ways, tokens: int, rounds: int) -> dict:
-    """Medians of every way at one length."""
+def measure(ways: Ways, tokens: int, dtype: str, rounds: int) -> list[dict]:
+    """Rows of every way at one length: `{prompt_tokens, dtype, method, part, p50_ms, p95_ms}`."""
     model = ways.model
     ids = torch.tensor([conversation_of(model, tokens)], device=model.backbone.device)
-    clock = Clock()
-    for _ in range(3):
-        clock.parts.clear()
-        prefill = clock.time("prefill", model.prefill, ids)
     samples: dict[str, list[dict]] = defaultdict(list)
-    for round_ in tqdm(range(WARM_UP + rounds), desc=f"{tokens} tokens"):
+    for _ in range(3):
+        clock = Clock()
+        prefill = clock.time("prefill", model.prefill, ids)
+        samples["prefill"].append({"total": clock.parts["prefill"]})
+    written, queries = model.write_queries(prefill)
+    query = model.tokenizer.decode(queries[0]) or "."
+    for round_ in tqdm(range(WARM_UP + rounds), desc=f"{dtype}, {tokens} tokens", unit="round"):
         for name, way in ways.all().items():
-            one = Clock()
-            way(one, prefill)
+            clock = Clock()
+            way(clock, prefill)
             if round_ >= WARM_UP:
-                samples[name].append(dict(one.parts))
-    result = {"prefill": round(clock.parts["prefill"], 1), "ways": {}}
-    for name, rows in samples.items():
-        parts = {part: float(np.median([row[part] for row in rows])) for part in PARTS if part in rows[0]}
-        totals = [sum(row.values()) for row in rows]
-        result["ways"][name] = {
-            "total": {"p50": round(float(np.median(totals)), 2), "p95": round(float(np.percentile(totals, 95)), 2)},
-            "parts": {part: round(value, 2) for part, value in parts.items()},
-        }
-    written = len(model.write_queries(prefill)[1][0])
-    result["query_tokens"] = written
-    baseline = result["ways"]["generate-then-encode"]["total"]["p50"]
-    for way in result["ways"].values():
-        way["of_generate_then_encode"] = round(way["total"]["p50"] / baseline, 4)
-    return result
+                samples[name].append({"total": sum(clock.parts.values()), **clock.parts})
+        clock = Clock()
+        ways.decode_step(clock, prefill)
+        ways.head_alone(clock, written, query, max(1, len(queries[0])))
+        if round_ >= WARM_UP:
+            for name, value in clock.parts.items():
+                samples[name].append({"total": value})
+    rows = []
+    for method, ones in samples.items():
+        for part in ones[0]:
+            p50, p95 = np.percentile([one[part] for one in ones], (50, 95)).round(3).tolist()
+            rows.append(
+                {"prompt_tokens": tokens, "dtype": dtype, "method": method, "part": part, "p50_ms": p50, "p95_ms": p95}
+            )
+    return rows
+
+
+MEMORY = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads({threads})
+from eval import load_model
+from native_retrieval.index import DocumentIndex
+model = load_model({model!r})
+index = DocumentIndex.load({index!r})
+ids = torch.tensor([{ids}])
+if {two_models}:
+    from native_retrieval.teacher import Teacher
+    teacher = Teacher(model.config.teacher_name_or_path, model.config.teacher_revision)
+    vectors = teacher.encode([model.tokenizer.decode(model.write_queries(model.prefill(ids))[1][0]) or "."])
+else:
+    vectors = model.embed_query(ids, mode={mode!r}, return_cache=True).query_embeddings.float().numpy()
+index.search(vectors, 10)
+print("sentence_transformers" in sys.modules, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def peak_memory(model, arguments) -> dict[str, int]:
+    """MiB at the peak of a fresh process that serves one way, 256 prompt tokens."""
+    peaks = {}
+    for name, mode in (
+        ("generate-then-encode", None),
+        ("native-generated", "generated"),
+        ("native-context", "context"),
+    ):
+        program = MEMORY.format(
+            root=str(Path(__file__).resolve().parent.parent),
+            threads=arguments.threads,
+            model=arguments.model,
+            index=arguments.index,
+            ids=conversation_of(model, 256),
+            two_models=mode is None,
+            mode=mode,
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        teacher_loaded, peak = done.stdout.split()[-2:]
+        assert (teacher_loaded == "True") == (mode is None), "a native way has loaded the embedding model"
+        peaks[name] = int(peak)
+    return peaks
+
+
+def medians(rows: list[dict], tokens: int, dtype: str) -> dict[str, dict[str, float]]:
+    """`{method: {part: ms}}` of one length."""
+    table: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if (row["prompt_tokens"], row["dtype"]) == (tokens, dtype):
+            table[row["method"]][row["part"]] = row["p50_ms"]
+    return table
 
 
 def draw(result: dict, path: Path) -> None:
-    figure = Figure(figsize=(7.5, 1.0 + 1.35 * len(result["lengths"])), layout="constrained")
-    panels = figure.subplots(len(result["lengths"]), 1, squeeze=False)[:, 0]
-    for axes, (tokens, row) in zip(panels, result["lengths"].items(), strict=True):
-        names = list(row["ways"])
-        left = np.zeros(len(names))
+    lengths, dtype = list(dict.fromkeys(row["prompt_tokens"] for row in result["rows"])), result["rows"][0]["dtype"]
+    figure = Figure(figsize=(7.5, 1.0 + 1.35 * len(lengths)), layout="constrained")
+    panels = figure.subplots(len(lengths), 1, squeeze=False)[:, 0]
+    for axes, tokens in zip(panels, lengths, strict=True):
+        table = medians(result["rows"], tokens, dtype)
+        left = np.zeros(len(WAYS))
         for part in PARTS:
-            widths = np.array([row["ways"][name]["parts"].get(part, 0.0) for name in names])
-            axes.barh(names, widths, left=left, color=COLOURS[part], label=part, height=0.7)
+            widths = np.array([table[name].get(part, 0.0) for name in WAYS])
+            axes.barh(WAYS, widths, left=left, color=COLOURS[part], label=part, height=0.7)
             left += widths
-        for name, total in zip(names, left, strict=True):
+        for name, total in zip(WAYS, left, strict=True):
             axes.annotate(f"{total:.1f} ms", (total, name), (4, 0), textcoords="offset points", va="center", fontsize=8)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.15 * left.max())
-        axes.set_title(f"{tokens} prompt tokens (prefill {row['prefill']:.0f} ms)", loc="left", fontsize=10)
+        axes.set_title(f"{tokens} prompt tokens (prefill {table['prefill']['total']:.0f} ms)", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel(f"Milliseconds after the prefill, {result['dtype']}, {result['threads']} threads")
+    panels[-1].set_xlabel(f"Milliseconds after the prefill, {dtype}, {result['threads']} threads")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(PARTS), frameon=False)
     figure.savefig(path, dpi=150)
 
@@ -174,13 +256,12 @@ def main() -> None:
     parser.add_argument("--index", required=True, help="index directory of its teacher")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024, 4096], help="prompt tokens")
     parser.add_argument("--rounds", type=int, default=30, help="timed rounds a length (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the backbone")
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=DTYPES, help="of the backbone (default: both)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
-    parser.add_argument("--output", required=True, help="the JSON file to write; a figure is drawn beside it")
+    parser.add_argument("--output", required=True, help="the JSON file to write; a figure goes into figures/ beside it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = load_model(arguments.model)
-    model.backbone.to(getattr(torch, arguments.dtype))
+    model = with_probe(load_model(arguments.model))
     # Room for the turn that takes a prompt past the length it is then cut to: none may be dropped.
     model.config.max_prompt_tokens = max(arguments.lengths) + 1024
     teacher = Teacher(model.config.teacher_name_or_path, model.config.teacher_revision)
@@ -188,20 +269,30 @@ def main() -> None:
     result = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(),
-        "dtype": arguments.dtype,
         "threads": arguments.threads,
         "rounds": arguments.rounds,
-        "lengths": {str(tokens): measure(ways, tokens, arguments.rounds) for tokens in arguments.lengths},
+        "peak_memory_mib": peak_memory(model, arguments),
+        "rows": [],
     }
+    for dtype in arguments.dtypes:
+        model.backbone.to(getattr(torch, dtype))
+        for tokens in arguments.lengths:
+            result["rows"] += measure(ways, tokens, dtype, arguments.rounds)
     output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    figures = output.parent / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, output.with_suffix(".png"))
-    for tokens, row in result["lengths"].items():
-        print(f"{tokens} tokens, prefill {row['prefill']:.0f} ms, a query of {row['query_tokens']} tokens")
-        for name, way in row["ways"].items():
-            parts = ", ".join(f"{part} {value:.1f}" for part, value in way["parts"].items())
-            print(f"  {name:22} {way['total']['p50']:8.1f} ms  1/{1 / way['of_generate_then_encode']:<6.1f} ({parts})")
+    draw(result, figures / f"{output.stem}.png")
+    for dtype in arguments.dtypes:
+        for tokens in arguments.lengths:
+            table = medians(result["rows"], tokens, dtype)
+            whole = table["generate-then-encode"]["total"]
+            print(f"{dtype}, {tokens} prompt tokens")
+            for name, parts in table.items():
+                total = parts.pop("total")
+                shown = ", ".join(f"{part} {value:.1f}" for part, value in parts.items())
+                print(f"  {name:22} {total:8.1f} ms  1/{whole / total:<6.1f} {shown}")
+    print("peak memory:", ", ".join(f"{name} {peak} MiB" for name, peak in result["peak_memory_mib"].items()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The teacher's document index: documents, FAISS file and `index.json`, in one directory.
 
-FAISS is used through the integration that `datasets` ships. `index.json` says which teacher's vectors lie in the index:
-a model trained towards another teacher gets an error instead of noise.
+`index.json` says which teacher's vectors lie in the index: a model trained towards another teacher gets an error instead
+of noise. The FAISS file is memory-mapped, so that opening a large index costs no more than its checksum.
 """
 
 import hashlib
@@ -18,8 +18,9 @@ import numpy as np
 
 from .teacher import same_teacher
 
-FORMAT_VERSION = 1
-INDEX_NAME = "vectors"
+FORMAT_VERSION = 2
+EXACT_UP_TO = 100_000  # vectors: a scan of these takes some milliseconds; `benchmarks/index.py` has the figures
+APPROXIMATE = ("HNSW32,SQ8", "efSearch=192")
 REQUIRED_COLUMNS = ("_id", "title", "text")
 NORM_TOLERANCE = 1e-2  # lets half-precision vectors pass
 
@@ -28,20 +29,25 @@ class IndexMismatchError(ValueError):
     """An index does not belong to the model, or its files do not belong together."""
 
 
+def default_kind(num_documents: int) -> tuple[str, str]:
+    """FAISS's factory string and search parameters: exact while that is fast, then a graph over 8-bit vectors."""
+    return ("Flat", "") if num_documents <= EXACT_UP_TO else APPROXIMATE
+
+
 class DocumentIndex:
-    """Documents and their vectors, searched exactly by inner product (cosine, as the vectors have length 1).
+    """Documents and their vectors, searched by inner product (cosine, as the vectors have length 1).
 
     Make one with `DocumentIndex.build` or `DocumentIndex.load`.
 
     Attributes:
         documents: the documents, memory-mapped, with columns `_id`, `title`, `text`; row i has vector i.
+        vectors: the FAISS index.
         info: the content of `index.json`: `format_version`, `teacher_name`, `teacher_fingerprint`, `dimension`,
-            `metric`, `num_documents`, `checksum` (sha256 of the FAISS file).
+            `metric`, `kind` and `search_parameters` (of FAISS), `num_documents`, `checksum` (sha256 of the FAISS file).
     """
 
-    def __init__(self, documents: datasets.Dataset, info: dict[str, Any]) -> None:
-        self.documents = documents
-        self.info = info
+    def __init__(self, documents: datasets.Dataset, vectors: faiss.Index, info: dict[str, Any]) -> None:
+        self.documents, self.vectors, self.info = documents, vectors, info
 
     @cached_property
     def ids(self) -> list[str]:
@@ -60,6 +66,7 @@ class DocumentIndex:
         teacher_name: str,
         output_dir: str | os.PathLike[str],
         *,
+        kind: tuple[str, str] | None = None,
         overwrite: bool = False,
     ) -> "DocumentIndex":
         """Writes an index and loads it. The directory appears complete or not at all.
@@ -70,6 +77,8 @@ class DocumentIndex:
             teacher_fingerprint: which vectors these are, see `teacher.py`.
             teacher_name: the teacher's name, for people.
             output_dir: the index directory.
+            kind: FAISS's factory string and search parameters, such as `("HNSW32,SQ8", "efSearch=192")`; by default
+                what `default_kind` takes for so many documents.
             overwrite: replace the index that stands in `output_dir`.
 
         Raises:
@@ -85,15 +94,21 @@ class DocumentIndex:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
             staging, replaced = Path(temporary, "new"), Path(temporary, "old")
             documents.save_to_disk(staging / "documents")
-            stored = datasets.load_from_disk(staging / "documents")
-            stored.add_faiss_index_from_external_arrays(vectors, INDEX_NAME, metric_type=faiss.METRIC_INNER_PRODUCT)
-            stored.save_faiss_index(INDEX_NAME, staging / "index.faiss")
+            factory, search_parameters = kind or default_kind(len(documents))
+            index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+            if not index.is_trained:
+                index.train(vectors)
+            index.add(vectors)
+            faiss.write_index(index, str(staging / "index.faiss"))
+            del index
             info = {
                 "format_version": FORMAT_VERSION,
                 "teacher_name": teacher_name,
                 "teacher_fingerprint": teacher_fingerprint,
                 "dimension": vectors.shape[1],
                 "metric": "inner_product",
+                "kind": factory,
+                "search_parameters": search_parameters,
                 "num_documents": len(documents),
                 "checksum": _sha256(staging / "index.faiss"),
             }
@@ -132,8 +147,10 @@ class DocumentIndex:
         documents = datasets.load_from_disk(path / "documents")
         if len(documents) != info["num_documents"]:
             _mismatch(f"{path}/documents: number of rows", len(documents), info["num_documents"])
-        documents.load_faiss_index(INDEX_NAME, path / "index.faiss")
-        return cls(documents, info)
+        vectors = faiss.read_index(str(path / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
+        if info["search_parameters"]:
+            faiss.ParameterSpace().set_index_parameters(vectors, info["search_parameters"])
+        return cls(documents, vectors, info)
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest documents of every query.
@@ -143,7 +160,8 @@ class DocumentIndex:
             k: documents a query; more than the index holds gives all of them.
 
         Returns:
-            `scores`, float32, descending, and `rows` of `documents`, int64, both `(num_queries, min(k, len(self)))`.
+            `scores`, float32, descending, and `rows` of `documents`, int64, both `(num_queries, min(k, len(self)))`. An
+            approximate index may find fewer; the rows behind them are -1.
 
         Raises:
             ValueError: k below 1, another shape, or a vector that is zero or not finite.
@@ -166,8 +184,7 @@ class DocumentIndex:
         if len(vectors) == 0:
             empty = (0, min(k, len(self)))
             return np.empty(empty, dtype=np.float32), np.empty(empty, dtype=np.int64)
-        scores, rows = self.documents.search_batch(INDEX_NAME, vectors, k=min(k, len(self)))
-        return scores, rows.astype(np.int64, copy=False)
+        return self.vectors.search(vectors, min(k, len(self)))
 
     def check_model(self, config: Any) -> None:
         """Raises `IndexMismatchError` unless a model with this `NativeRetrievalConfig` may search this index."""

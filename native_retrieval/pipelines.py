@@ -324,7 +324,9 @@ class Comparison:
         scores, rows = self.index.search(vectors, DEPTH)
         ids = self.index.ids
         return {
-            query_id: {ids[row]: score for row, score in zip(its_rows.tolist(), its_scores.tolist(), strict=True)}
+            query_id: {
+                ids[row]: score for row, score in zip(its_rows.tolist(), its_scores.tolist(), strict=True) if row >= 0
+            }
             for query_id, its_rows, its_scores in zip(self.query_ids, rows, scores, strict=True)
         }
 

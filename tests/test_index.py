@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import faiss
 import numpy as np
 import pytest
 
@@ -222,3 +223,21 @@ def test_check_teacher(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(IndexMismatchError, match="'teacher-a'.*'teacher-b'") as error:
         check_teacher("aa", "teacher-a", "bb", "teacher-b")
     assert_one_line(error)
+
+
+def test_a_large_index_is_a_graph_and_finds_almost_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("native_retrieval.index.EXACT_UP_TO", 100)
+    documents, vectors, queries = make_documents(2000), make_vectors(2000), make_vectors(50, seed=1)
+    exact = build(tmp_path / "exact", documents=documents, vectors=vectors, kind=("Flat", ""))
+    graph = build(tmp_path / "graph", documents=documents, vectors=vectors)
+    assert (exact.info["kind"], graph.info["kind"]) == ("Flat", "HNSW32,SQ8")
+    assert faiss.downcast_index(graph.vectors).hnsw.efSearch == 192
+    wanted, found = exact.search(queries, 10)[1], graph.search(queries, 10)[1]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(wanted, found, strict=True)]) > 0.95
+
+
+def test_an_index_of_an_earlier_format_says_to_build_again(directory: Path):
+    info = json.loads((directory / "index.json").read_text())
+    (directory / "index.json").write_text(json.dumps(info | {"format_version": 1}))
+    with pytest.raises(IndexMismatchError, match="format_version is 1, wanted 2; .* build it again"):
+        DocumentIndex.load(directory)

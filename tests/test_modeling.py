@@ -359,7 +359,9 @@ def test_the_next_turn_passes_only_what_is_new(model: NativeRetrievalModel, mode
         assert sum(counts) <= whole - ids.shape[1] + 4, "the history passed again"
         cache = found.past_key_values
         assert_close(found.query_embeddings, model.embed_query(messages, mode="context"))
-        assert_close(model.embed_query(messages, mode=mode, past_key_values=cache), model.embed_query(messages, mode=mode))
+        assert_close(
+            model.embed_query(messages, mode=mode, past_key_values=cache), model.embed_query(messages, mode=mode)
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
