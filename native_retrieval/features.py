@@ -53,9 +53,15 @@ class FeatureStore:
         return len(self.starts)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        start = self.starts[i]
-        # A copy: torch does not accept a read-only map.
-        return torch.from_numpy(self.states[start : start + self.lengths[i]].copy()).view(torch.bfloat16)
+        start, stop = int(self.starts[i]), int(self.starts[i] + self.lengths[i])
+        if isinstance(self.states, np.memmap):  # read, and not through the map, whose pages would stay resident
+            token = int(np.prod(self.states.shape[1:]))
+            offset = self.states.offset + 2 * token * start
+            states = np.fromfile(self.states.filename, np.int16, token * (stop - start), offset=offset)
+            states = states.reshape(stop - start, *self.states.shape[1:])
+        else:
+            states = self.states[start:stop].copy()
+        return torch.from_numpy(states).view(torch.bfloat16)
 
     @classmethod
     def build(
@@ -97,7 +103,7 @@ class FeatureStore:
                 batches = _batches(lengths, tokens_per_batch)
                 _fill(model, [sequences[i] for i in whole], begins, batches, path, shape, progress)
                 states = _open(path, shape)
-        # A small one is read into memory: some systems are quick to drop pages of a map.
+        # A small one is kept in memory: some systems are quick to drop what they have read of a file.
         return cls(np.array(states) if states.nbytes < IN_MEMORY_BYTES else states, starts, own_lengths)
 
 

@@ -398,17 +398,47 @@ def _label_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, 
             taken.append(label.get_window_extent())
 
 
+def rows_table(rows: list[dict[str, Any]], columns: Sequence[str], **only: str) -> str:
+    """The `columns` of a benchmark's rows, those whose fields are as `only` says, in Markdown."""
+    rows = [row for row in rows if all(str(row.get(name)) == value for name, value in only.items())]
+
+    def cell(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else ""
+        return "" if value is None else f"{value:,}" if isinstance(value, (int, float)) else str(value)
+
+    numeric = [all(isinstance(row.get(name), (int, float, type(None))) for row in rows) for name in columns]
+    lines = [
+        "| " + " | ".join(name.replace("_", " ") for name in columns) + " |",
+        "|" + "|".join("---:" if right else "---" for right in numeric) + "|",
+        *("| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows),
+    ]
+    return "\n".join(lines)
+
+
 def fill_tables(markdown: str, root: Path) -> str:
-    """The text with each `<!-- table: results/NAME.json -->` ... `<!-- end -->` filled from that file, if it is there."""
+    """
+    The text with its tables filled from result files, where these are there:
+
+        <!-- table: results/NAME.json --> ... <!-- end -->                            an evaluation
+        <!-- rows: results/bench-NAME.json COLUMN ... FIELD=VALUE ... --> ... <!-- end -->    a benchmark's rows
+    """
 
     def table(match: re.Match) -> str:
         path = root / match["path"]
         if not path.is_file():
             return match[0]
         result = json.loads(path.read_text(encoding="utf-8"))
-        return f"<!-- table: {match['path']} -->\n{markdown_table(result)}\n\n`{result['command']}`\n<!-- end -->"
+        if match["kind"] == "table":
+            filled = markdown_table(result)
+        else:
+            words = match["words"].split()
+            only = dict(word.split("=", 1) for word in words if "=" in word)
+            filled = rows_table(result["rows"], [word for word in words if "=" not in word], **only)
+        return f"{match['marker']}\n{filled}\n\n`{result['command']}`\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (?P<path>\S+) -->.*?<!-- end -->", table, markdown, flags=re.DOTALL)
+    pattern = r"(?P<marker><!-- (?P<kind>table|rows): (?P<path>\S+)(?P<words>[^>]*) -->).*?<!-- end -->"
+    return re.sub(pattern, table, markdown, flags=re.DOTALL)
 
 
 if __name__ == "__main__":  # python -m native_retrieval.report README.md

@@ -13,6 +13,7 @@ from native_retrieval.report import (
     build_result,
     environment,
     failures,
+    fill_tables,
     markdown_table,
     plot_by_turn,
     plot_quality_latency,
@@ -164,3 +165,25 @@ def test_figures_are_pngs_and_leave_matplotlib_alone(tmp_path: Path, plot, one_m
     plot(make_result(**{"native-probe": [1, 20]}) if one_method else make_result(), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert dict(matplotlib.rcParams) == before
+
+
+def test_a_readme_takes_columns_and_rows_of_a_benchmark(tmp_path):
+    rows = [
+        {"way": "a|b".replace("|", "/"), "tokens": 64, "ms": 1234.5, "default": True},
+        {"way": "b", "tokens": 256, "ms": None, "default": False},
+    ]
+    (tmp_path / "bench.json").write_text(json.dumps({"command": "python bench.py", "rows": rows}))
+    filled = fill_tables("<!-- rows: bench.json way ms default -->\nold\n<!-- end -->", tmp_path)
+    assert filled.splitlines()[1:5] == [
+        "| way | ms | default |",
+        "|---|---:|---:|",
+        "| a/b | 1,234.5 | yes |",
+        "| b |  |  |",
+    ]
+    assert fill_tables(filled, tmp_path) == filled and "`python bench.py`" in filled
+    some = fill_tables("<!-- rows: bench.json way tokens=64 -->\n<!-- end -->", tmp_path)
+    assert "| a/b |" in some and "| b |" not in some
+    assert (
+        fill_tables("<!-- rows: none.json way -->x<!-- end -->", tmp_path)
+        == "<!-- rows: none.json way -->x<!-- end -->"
+    )

@@ -1,0 +1,94 @@
+# Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
+"""
+Many conversations at once: `embed_query` against the bare backbone's prefill of the same tokens.
+
+    python benchmarks/throughput.py --model outputs/best --data .cache/demo/data/synthetic \\
+        --output results/bench-throughput.json
+
+The bare backbone gets token ids, sorted and batched as `embed_query` does it; `embed_query` gets conversations, and does
+everything itself: template, tokens, padding, prefill, head. They take turns; the best round of each counts.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from eval import load_model
+from native_retrieval.data import load_queries
+from native_retrieval.report import environment
+
+BATCH_SIZE = 32  # of embed_query
+
+
+@torch.no_grad()
+def prefill_bare(model, prompts: list[list[int]]) -> None:
+    prompts = sorted(prompts, key=len)
+    for begin in range(0, len(prompts), BATCH_SIZE):
+        input_ids, mask = model._pad(prompts[begin : begin + BATCH_SIZE])
+        model.backbone.base_model(input_ids, attention_mask=mask, use_cache=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory or Hub id of a trained model")
+    parser.add_argument("--data", required=True, help="folder or Hub id in the BEIR layout with messages")
+    parser.add_argument("--conversations", type=int, default=1000, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
+    parser.add_argument("--output", required=True, help="the JSON file to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model = load_model(arguments.model)
+    conversations = list(load_queries(arguments.data)["messages"])
+    conversations = [conversations[i % len(conversations)] for i in range(arguments.conversations)]
+    prompts = [model.build_prompt(messages) for messages in conversations]
+    ways = {
+        "the bare backbone's prefill": lambda count: prefill_bare(model, prompts[:count]),
+        "embed_query, context": lambda count: model.embed_query(
+            conversations[:count], mode="context", batch_size=BATCH_SIZE
+        ),
+    }
+    best = dict.fromkeys(ways, float("inf"))
+    for way in ways.values():
+        way(2 * BATCH_SIZE)
+    for _ in range(arguments.rounds):
+        for name, way in ways.items():
+            begin = time.perf_counter()
+            way(len(prompts))
+            best[name] = min(best[name], time.perf_counter() - begin)
+    bare = best["the bare backbone's prefill"]
+    tokens = sum(map(len, prompts))
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "environment": environment(),
+        "threads": arguments.threads,
+        "dtype": str(model.backbone.dtype).removeprefix("torch."),
+        "conversations": len(prompts),
+        "tokens": tokens,
+        "rows": [
+            {
+                "what": name,
+                "queries_per_s": round(len(prompts) / seconds, 2),
+                "tokens_per_s": round(tokens / seconds, 1),
+                "of_bare": round(bare / seconds, 3),
+            }
+            for name, seconds in best.items()
+        ],
+    }
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    for row in result["rows"]:
+        print(
+            f"{row['what']:30} {row['queries_per_s']:8.1f} queries/s  {row['tokens_per_s']:8.0f} tokens/s  {row['of_bare']:.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
