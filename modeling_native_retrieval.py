@@ -243,7 +243,8 @@ class CopyPath(nn.Module):
         text = config.text_config.get_text_config()
         heads, width = config.copy_num_heads, config.copy_head_dim
         self.num_heads = heads
-        self.norm = nn.LayerNorm(text.hidden_size)
+        # Scale and shift of the norm would be one with the maps behind it; without them, no gradient passes the states.
+        self.norm = nn.LayerNorm(text.hidden_size, elementwise_affine=False)
         self.query = nn.Linear(2 * config.head_dim, heads * width)
         self.key = nn.Parameter(torch.empty(heads, width, text.hidden_size))
         self.segment_bias = nn.Embedding(self.NUM_SEGMENTS, heads)
