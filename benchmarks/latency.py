@@ -61,7 +61,8 @@ def with_probe(model):
     if model.probe is None:
         model.config.num_probe_tokens = 8
         model.probe = Probe(model.config, model.backbone).requires_grad_(False).eval()
-        torch.nn.init.normal_(model.probe.embeddings, std=0.02)
+        for weight in model.probe.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
         model._hook_backbone()
     return model
 
@@ -84,12 +85,18 @@ class Clock:
 class Ways:
     def __init__(self, model, teacher, index):
         self.model, self.teacher, self.index = model, teacher, index
+        self.written: tuple | None = None
 
     def search(self, vector) -> None:
         self.index.search(np.asarray(vector, dtype=np.float32).reshape(1, -1), TOP_K)
 
     def write(self, clock, prefill):
-        return clock.time("decode", self.model.write_queries, prefill)
+        """The same tokens for both ways that need them: written once a round, and on the clock of both."""
+        if self.written is None:
+            begin = Clock()
+            self.written = begin.time("decode", self.model.write_queries, prefill), begin.parts["decode"]
+        result, clock.parts["decode"] = self.written
+        return result
 
     @torch.no_grad()
     def head(self, clock, prefill, readout_mask=None, probe_states=None):
@@ -153,6 +160,7 @@ def measure(ways: Ways, tokens: int, dtype: str, rounds: int) -> list[dict]:
     written, queries = model.write_queries(prefill)
     query = model.tokenizer.decode(queries[0]) or "."
     for round_ in tqdm(range(WARM_UP + rounds), desc=f"{dtype}, {tokens} tokens", unit="round"):
+        ways.written = None
         for name, way in ways.all().items():
             clock = Clock()
             way(clock, prefill)

@@ -5,8 +5,9 @@ How a native mode stands up to what real agents and real users put around a ques
     python benchmarks/robustness.py --model outputs/best --data ../shared/data/qrecc --split dev \
         --output results/robustness-qrecc.json
 
-The same queries and documents each time; only the conversation changes, by sentences that training has not seen. The figure beside the output shows Recall@10 of
-each variant with the 95% interval of its paired difference to the conversations as they are.
+The same queries and documents each time; only the conversation changes, by sentences that training has not seen. The
+figure, in `figures/` beside the output, shows Recall@10 of each variant with the 95% interval of its paired difference to
+the conversations as they are.
 """
 
 import argparse
@@ -107,7 +108,7 @@ def draw(result: dict, path: Path) -> None:
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.set_xlabel(
-        "Recall@10, and the 95% interval of the difference; grey: within 2% of the conversations as they are"
+        "Recall@10 and the 95% interval of the difference\ngrey: within 2% of the conversations as they are"
     )
     axes.set_title(
         f"{result['method']}: {result['dataset']}, {result['split']}, {result['num_queries']} queries", loc="left"
@@ -159,8 +160,10 @@ def main() -> None:
         result["variants"][name] = row
         print(f"{name:32} {row['recall@10']:.3f}  {row['mrr@10']:.3f}  {row['of_whole']:.3f} of the whole", flush=True)
     output = Path(arguments.output)
+    figures = output.parent / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, output.with_suffix(".png"))
+    draw(result, figures / f"{output.stem}.png")
 
 
 if __name__ == "__main__":
