@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="directory or Hub id of a trained model")
     parser.add_argument("--data", required=True, help="folder or Hub id in the BEIR layout with messages")
     parser.add_argument("--conversations", type=int, default=1000, help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--output", required=True, help="the JSON file to write")
     arguments = parser.parse_args()

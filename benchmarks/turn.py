@@ -24,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from benchmarks.latency import TOP_K, conversation_of
+from benchmarks.latency import QUERY_TOKENS, TOP_K, conversation_of
 from eval import load_model
 from native_retrieval.index import DocumentIndex
 from native_retrieval.report import environment
@@ -114,13 +114,14 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="directory or Hub id of a trained model")
     parser.add_argument("--index", required=True, help="index directory of its teacher")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="tokens of history")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds a length (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds a length (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--output", required=True, help="the JSON file to write; a figure goes into figures/ beside it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = load_model(arguments.model)
     model.config.max_prompt_tokens = max(arguments.lengths) + 1024
+    model.config.max_query_tokens = QUERY_TOKENS
     teacher = Teacher(model.config.teacher_name_or_path, model.config.teacher_revision)
     turn = Turn(model, teacher, DocumentIndex.load(arguments.index))
     result = {
