@@ -33,8 +33,8 @@ KINDS = {
     "Flat": [
         "",
     ],
-    "HNSW32,SQ8": ["efSearch=64", "efSearch=128", "efSearch=192", "efSearch=256"],
-    "IVF4096,PQ96x4fs,Refine(SQ8)": ["nprobe=32,k_factor=8", "nprobe=96,k_factor=16"],
+    "HNSW32,SQfp16": ["efSearch=64", "efSearch=128", "efSearch=256"],
+    "IVF1024,PQ96x4fs,Refine(SQfp16)": ["nprobe=16,k_factor_rf=8", "nprobe=64,k_factor_rf=16"],
 }
 
 

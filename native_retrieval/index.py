@@ -20,7 +20,7 @@ from .teacher import same_teacher
 
 FORMAT_VERSION = 2
 EXACT_UP_TO = 100_000  # vectors: a scan of these takes some milliseconds; `benchmarks/index.py` has the figures
-APPROXIMATE = ("HNSW32,SQ8", "efSearch=192")
+APPROXIMATE = ("HNSW32,SQfp16", "efSearch=128")
 REQUIRED_COLUMNS = ("_id", "title", "text")
 NORM_TOLERANCE = 1e-2  # lets half-precision vectors pass
 
@@ -30,7 +30,7 @@ class IndexMismatchError(ValueError):
 
 
 def default_kind(num_documents: int) -> tuple[str, str]:
-    """FAISS's factory string and search parameters: exact while that is fast, then a graph over 8-bit vectors."""
+    """FAISS's factory string and search parameters: exact while that is fast, then a graph over half-precision vectors."""
     return ("Flat", "") if num_documents <= EXACT_UP_TO else APPROXIMATE
 
 
@@ -77,7 +77,7 @@ class DocumentIndex:
             teacher_fingerprint: which vectors these are, see `teacher.py`.
             teacher_name: the teacher's name, for people.
             output_dir: the index directory.
-            kind: FAISS's factory string and search parameters, such as `("HNSW32,SQ8", "efSearch=192")`; by default
+            kind: FAISS's factory string and search parameters, such as `("HNSW32,SQfp16", "efSearch=128")`; by default
                 what `default_kind` takes for so many documents.
             overwrite: replace the index that stands in `output_dir`.
 
@@ -96,6 +96,8 @@ class DocumentIndex:
             documents.save_to_disk(staging / "documents")
             factory, search_parameters = kind or default_kind(len(documents))
             index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+            if "HNSW" in factory:  # FAISS's 40 leaves a few vectors that no search reaches
+                faiss.ParameterSpace().set_index_parameter(index, "efConstruction", 80)
             if not index.is_trained:
                 index.train(vectors)
             index.add(vectors)

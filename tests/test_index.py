@@ -230,8 +230,8 @@ def test_a_large_index_is_a_graph_and_finds_almost_all(tmp_path: Path, monkeypat
     documents, vectors, queries = make_documents(2000), make_vectors(2000), make_vectors(50, seed=1)
     exact = build(tmp_path / "exact", documents=documents, vectors=vectors, kind=("Flat", ""))
     graph = build(tmp_path / "graph", documents=documents, vectors=vectors)
-    assert (exact.info["kind"], graph.info["kind"]) == ("Flat", "HNSW32,SQ8")
-    assert faiss.downcast_index(graph.vectors).hnsw.efSearch == 192
+    assert (exact.info["kind"], graph.info["kind"]) == ("Flat", "HNSW32,SQfp16")
+    assert faiss.downcast_index(graph.vectors).hnsw.efSearch == 128
     wanted, found = exact.search(queries, 10)[1], graph.search(queries, 10)[1]
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(wanted, found, strict=True)]) > 0.95
 
