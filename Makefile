@@ -49,7 +49,7 @@ BACKBONE ?= .cache/demo/backbone
 TEACHER ?= .cache/demo/teacher
 BENCH_DIR ?= results
 
-bench: $(STAMP) ## Measure speed: query path, turn, throughput, training, index of a million vectors (about 20 minutes)
+bench: $(STAMP) ## Measure speed: query path, turn, throughput, training, index of a million vectors (about 23 minutes)
 	@$(BIN)/python benchmarks/latency.py --model $(MODEL) --index $(INDEX) --output $(BENCH_DIR)/bench-latency.json
 	@$(BIN)/python benchmarks/turn.py --model $(MODEL) --index $(INDEX) --output $(BENCH_DIR)/bench-turn.json
 	@$(BIN)/python benchmarks/throughput.py --model $(MODEL) --data $(DATA) --output $(BENCH_DIR)/bench-throughput.json

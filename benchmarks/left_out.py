@@ -51,7 +51,7 @@ def without(recipe: str, name: str, extra: list[str]) -> tuple[list[str], str]:
 def judge(model_dir: str, source: str, own: dict, cache_dir: str) -> dict:
     """Test figures of a model on a data set that it has not seen, beside what `own` says of others."""
     task, model = load_task(source, "test"), load_model(model_dir)
-    settings = EvalArguments(model=model_dir, data=source, output="", cache_dir=cache_dir)
+    settings = EvalArguments(model=model_dir, data=source, output="left-out.json", cache_dir=cache_dir)
     index = cached_index(cache_dir, task, load_teacher(settings, model))
     comparison = Comparison(model, None, index, task.queries, [METHOD])
     seen = per_query(comparison.runs()[METHOD], task.qrels, comparison.query_ids)
