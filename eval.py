@@ -191,49 +191,10 @@ def _nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-def load_model(name_or_path: str) -> "NativeRetrievalModel":
-    """The model in eval mode, on the GPU if there is one."""
-    import torch
-    from safetensors import SafetensorError
-
-    from modeling_native_retrieval import NativeRetrievalModel
-
-    wanted = NativeRetrievalModel.config_class.model_type
-    try:
-        config, _ = NativeRetrievalModel.config_class.get_config_dict(name_or_path)
-        # Looked at first: from a directory of another kind, or without a config, a huge random model would be made.
-        seen = config.get("model_type")
-        if seen == wanted:
-            model = NativeRetrievalModel.from_pretrained(name_or_path)
-            model.tokenizer  # noqa: B018, loaded when first read: a damaged one is found before the work begins
-    except (ValueError, OSError, SafetensorError) as error:
-        where = "" if Path(name_or_path).exists() else "is no directory, and "
-        raise ValueError(f"--model: {name_or_path} {where}cannot be loaded: {error}") from error
-    if seen != wanted:
-        raise ValueError(
-            f"--model: {name_or_path} holds a model of type {seen!r}, wanted {wanted!r}; "
-            "name a directory that train.py wrote"
-        )
-    if not model.config.teacher_fingerprint or not model.config.teacher_name_or_path:
-        raise ValueError(
-            f"--model: {name_or_path} does not say which teacher it was trained towards (teacher_name_or_path, "
-            "teacher_fingerprint); train it with train.py"
-        )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
 def load_teacher(arguments: EvalArguments, model: "NativeRetrievalModel") -> "Teacher":
-    from native_retrieval.teacher import Teacher, same_teacher
+    from native_retrieval.teacher import teacher_of
 
-    name = arguments.teacher or model.config.teacher_name_or_path
-    revision = None if arguments.teacher else model.config.teacher_revision
-    teacher = Teacher(name, revision=revision, cache_dir=arguments.cache_dir)
-    if not same_teacher(teacher.fingerprint, model.config.teacher_fingerprint):
-        raise ValueError(
-            f"the teacher {name!r} has the fingerprint {teacher.fingerprint}, but the model was trained towards "
-            f"{model.config.teacher_name_or_path!r} with {model.config.teacher_fingerprint}; pass that one as --teacher"
-        )
-    return teacher
+    return teacher_of(model.config, arguments.teacher, cache_dir=arguments.cache_dir)
 
 
 def open_index(directory: str, task: "Task", model: "NativeRetrievalModel") -> "DocumentIndex":
@@ -292,6 +253,7 @@ def evaluate(arguments: EvalArguments, command: str) -> dict[str, Any]:
     from transformers.utils import logging
 
     from native_retrieval.data import load_task
+    from native_retrieval.loading import load_model
 
     logging.set_verbosity_error()
     task = load_task(arguments.data, arguments.split)

@@ -11,6 +11,7 @@ The file reads in that order: messages to prompt, the two parts of the head, the
 import copy
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
@@ -611,15 +619,28 @@ class NativeRetrievalModel(PreTrainedModel):
                 ) from error
             model.backbone = weights.requires_grad_(False).eval().to(model.head.linear_out.weight.device)
             model._hook_backbone()
+        else:
+            # Where it stops and how it samples is part of what a backbone generates; an older repository has no file.
+            with suppress(OSError):
+                model.backbone.generation_config = GenerationConfig.from_pretrained(model._tokenizer_source[0], **hub)
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; writes the tokenizer too, and leaves the backbone out if `config.store_backbone` says."""
+        """
+        As in transformers; writes the tokenizer and the backbone's generation settings too, and leaves the backbone's
+        weights out if `config.store_backbone` says.
+        """
         if not self.config.store_backbone:
             state = kwargs.pop("state_dict", None) or self.state_dict()
             kwargs["state_dict"] = {k: v for k, v in state.items() if not k.startswith("backbone.")}
+        # Whichever of the two classes is saved, the repository loads as both.
+        self.config.auto_map = {
+            model_class._auto_class: f"modeling_native_retrieval.{model_class.__name__}"
+            for model_class in (NativeRetrievalModel, NativeRetrievalForCausalLM)
+        }
         super().save_pretrained(save_directory, *args, **kwargs)
         self.tokenizer.save_pretrained(save_directory)
+        self.backbone.generation_config.save_pretrained(save_directory)
 
     @property
     def tokenizer(self):
@@ -812,8 +833,8 @@ class NativeRetrievalModel(PreTrainedModel):
             rest.append(prompt[count:])
         known = known[:, : int(known.any(0).nonzero().max()) + 1 if known.any() else 0]
         if not known.shape[1] or not cache.cut(known):
-            return *self._pad(prompts), QueryCache(self.backbone.config)
-        more, more_mask = self._pad(rest)
+            return *self.pad(prompts), QueryCache(self.backbone.config)
+        more, more_mask = self.pad(rest)
         return (
             torch.cat((input_ids[:, : known.shape[1]], more), dim=1),
             torch.cat((known, more_mask), dim=1),
@@ -897,8 +918,13 @@ class NativeRetrievalModel(PreTrainedModel):
             readout_mask[~readout_mask.any(1), query_start - 1] = True
         elif mode == "probe":
             probe_states = self.pass_probe(prefill)
-        output = self(
-            prefill.input_ids, prefill.attention_mask, readout_mask, prefill.hidden_states, probe_states=probe_states
+        output = NativeRetrievalModel.forward(  # by name: a subclass's `forward` gives logits
+            self,
+            prefill.input_ids,
+            prefill.attention_mask,
+            readout_mask,
+            prefill.hidden_states,
+            probe_states=probe_states,
         )
         output.query_ids = queries
         return output
@@ -948,7 +974,7 @@ class NativeRetrievalModel(PreTrainedModel):
             if not prompts:
                 raise ValueError("queries is empty; a cache or attributions need at least one conversation")
             if past_key_values is None:
-                prefill = self.prefill(*self._pad(prompts))
+                prefill = self.prefill(*self.pad(prompts))
             else:
                 prefill = self.prefill(*self._go_on(past_key_values, prompts))
             output = self.embed_prefilled(prefill, mode)
@@ -960,7 +986,7 @@ class NativeRetrievalModel(PreTrainedModel):
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for begin in range(0, len(order), batch_size):
             rows = order[begin : begin + batch_size]
-            prefill = self.prefill(*self._pad([prompts[i] for i in rows]), use_cache=mode != "context")
+            prefill = self.prefill(*self.pad([prompts[i] for i in rows]), use_cache=mode != "context")
             vectors[rows] = self.embed_prefilled(prefill, mode).query_embeddings.float().cpu()
         return vectors
 
@@ -969,7 +995,7 @@ class NativeRetrievalModel(PreTrainedModel):
         tokenizer = self.tokenizer  # read first: loading it sets the special tokens
         return build_prompt(tokenizer, conversation, self.config.max_prompt_tokens, self._special_tokens)
 
-    def _pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Left padding: `(input_ids, attention_mask)`, both `(batch, tokens)`, on the backbone's device."""
         width = max(len(prompt) for prompt in prompts)
         input_ids = torch.full((len(prompts), width), self._pad_id())
@@ -1021,9 +1047,21 @@ def _as_conversations(queries) -> list[Conversation]:
     return list(queries)
 
 
+class NativeRetrievalForCausalLM(NativeRetrievalModel, GenerationMixin):
+    """
+    The same model where a plain language model is expected, as by `AutoModelForCausalLM` and
+    `pipeline("text-generation")`: `forward` is the backbone's, with logits. It embeds queries as well.
+    """
+
+    def forward(self, *args, **kwargs):
+        return self.backbone(*args, **kwargs)
+
+
 NativeRetrievalModel.register_for_auto_class("AutoModel")
+NativeRetrievalForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 __all__ = [
     "NativeRetrievalModel",
+    "NativeRetrievalForCausalLM",
     "NativeRetrievalOutput",
     "Prefill",
     "QueryCache",

@@ -31,6 +31,7 @@ import difflib
 import os
 import shutil
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +122,9 @@ class DataArguments:
     num_hard_negatives: int = field(default=0, metadata={"help": "Hard negatives a query, from that ranking."})
     max_train_queries: int | None = field(default=None, metadata={"help": "First queries of each data set only."})
     online_features: bool = field(default=False, metadata={"help": "Run the backbone in every step; no cache on disk."})
+    data_licence: str | None = field(
+        default=None, metadata={"help": "What the model card says of the training data's licences."}
+    )
     cache_dir: str = field(default=".cache/native_retrieval", metadata={"help": "Where costly things are kept."})
 
 
@@ -229,8 +233,8 @@ def questions_of(train) -> list[str]:
     return sorted(text for text in questions if len(text.split()) > 3)
 
 
-def varied(some, queries, corpus) -> list:
-    """`some` of the queries' conversations as they may look in an agent."""
+def varied(some, queries, corpus, build_prompt) -> list:
+    """`some` of the queries' conversations as they may look in an agent, where the prompt has room for that."""
     import random
 
     from native_retrieval.variety import vary
@@ -238,7 +242,14 @@ def varied(some, queries, corpus) -> list:
     rng = random.Random(0)
     passages = corpus["text"][:1000] if corpus is not None else []
     others = queries["messages"][:1000]
-    return [vary(messages, others, passages, rng) for messages in some["messages"]]
+    conversations = []
+    for messages, rewrite in zip(some["messages"], some["rewrite"], strict=True):
+        conversations.append(vary(messages, others, passages, rng, rewrite))
+        try:
+            build_prompt(conversations[-1])
+        except ValueError:  # a long system prompt, and nothing older left to drop
+            conversations[-1] = messages
+    return conversations
 
 
 def new_model(model_args: ModelArguments, teacher):
@@ -268,7 +279,23 @@ def train_only(*parts, of) -> None:
             part.requires_grad_(True)
 
 
+def without_tokens(words: list[str]) -> str:
+    """A command as it may be published: what follows `--..._token` is left out."""
+    kept = [
+        "..." if before.endswith("_token") else word.split("=")[0] + "=..." if "_token=" in word else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+    return " ".join(kept)
+
+
+def device_name(device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+
+
 def main(argv: list[str]) -> None:
+    started = time.monotonic()
     model_args, data_args, run_args, training_args = parse(argv)
     for name, value in (("backbone", model_args.backbone), ("teacher", model_args.teacher)):
         if not value:
@@ -337,7 +364,7 @@ def main(argv: list[str]) -> None:
         train_parts += [examples(name, queries, corpus, mode) for mode in modes_of(entry)]
         some = queries.select(evenly(list(range(len(queries))), round(data_args.variety * len(queries))))
         if len(some):
-            seen = varied(some, queries, corpus)
+            seen = varied(some, queries, corpus, model.build_prompt)
             train_parts.append(examples(f"{name}, varied", some, corpus, "context", seen))
         if "probe" in data_args.query_modes:
             some = evenly(list(range(len(queries))), data_args.max_probe_queries or len(queries))
@@ -355,7 +382,9 @@ def main(argv: list[str]) -> None:
         "turns_as_text": data_args.turns_as_text,
         "query_modes": data_args.query_modes,
         "variety": data_args.variety,
-        "command": " ".join(["train.py", *argv]),
+        "data_licence": data_args.data_licence,
+        "device": device_name(training_args.device),
+        "command": without_tokens(["train.py", *argv]),
     }
     output_dir = Path(training_args.output_dir)
     resume = run_args.resume and output_dir.is_dir() and get_last_checkpoint(str(output_dir)) is not None
@@ -417,13 +446,23 @@ def main(argv: list[str]) -> None:
             trainer.log_metrics("dev", trainer.evaluate())
         trainer.state.log_history = [*history, *trainer.state.log_history]
 
+    facts["training_seconds"] = round(time.monotonic() - started, 1)
     trainer.save_model()
     trainer.create_model_card()
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
     for checkpoint in output_dir.glob("checkpoint-*"):  # the best of them is the saved model
         shutil.rmtree(checkpoint, ignore_errors=True)
-    print(f"Saved to {output_dir}. Judge it: python eval.py --model {output_dir} --data ... --split test")
+    print(f"Saved to {output_dir}. Judge it: python eval.py --model {output_dir} --data ... --split test", flush=True)
+    if training_args.push_to_hub:
+        try:
+            commit = trainer.push_to_hub()
+        except Exception as error:  # the Hub's client raises errors of four libraries
+            repository = training_args.hub_model_id or "REPO"
+            raise ValueError(
+                f"the model is in {output_dir}, but could not be pushed: {error}. To push it, without training again: "
+                f"python -m native_retrieval.card {output_dir} --push_to_hub {repository}"
+            ) from error
+        if commit:
+            print(f"Pushed: {commit.commit_url}")
 
 
 if __name__ == "__main__":

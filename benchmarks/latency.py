@@ -28,9 +28,9 @@ import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from eval import load_model
 from modeling_native_retrieval import Probe
 from native_retrieval.index import DocumentIndex
+from native_retrieval.loading import load_model
 from native_retrieval.report import environment
 from native_retrieval.teacher import Teacher
 
@@ -190,7 +190,7 @@ import resource, sys
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads({threads})
-from eval import load_model
+from native_retrieval.loading import load_model
 from native_retrieval.index import DocumentIndex
 model = load_model({model!r})
 index = DocumentIndex.load({index!r})

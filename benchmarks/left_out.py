@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 import train
-from eval import EvalArguments, cached_index, load_model, load_teacher
+from eval import EvalArguments, cached_index, load_teacher
 from native_retrieval.data import load_task
+from native_retrieval.loading import load_model
 from native_retrieval.metrics import paired_bootstrap, per_query
 from native_retrieval.pipelines import Comparison
 

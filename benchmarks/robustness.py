@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from matplotlib.figure import Figure
 
-from eval import EvalArguments, cached_index, load_model, load_teacher
+from eval import EvalArguments, cached_index, load_teacher
 from native_retrieval.data import load_task
+from native_retrieval.loading import load_model
 from native_retrieval.metrics import paired_bootstrap, per_query
 from native_retrieval.pipelines import Comparison
 from native_retrieval.variety import with_other_topics, with_typos

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from eval import load_model
 from native_retrieval.data import load_queries
+from native_retrieval.loading import load_model
 from native_retrieval.report import environment
 
 BATCH_SIZE = 32  # of embed_query
@@ -30,7 +30,7 @@ BATCH_SIZE = 32  # of embed_query
 def prefill_bare(model, prompts: list[list[int]]) -> None:
     prompts = sorted(prompts, key=len)
     for begin in range(0, len(prompts), BATCH_SIZE):
-        input_ids, mask = model._pad(prompts[begin : begin + BATCH_SIZE])
+        input_ids, mask = model.pad(prompts[begin : begin + BATCH_SIZE])
         model.backbone.base_model(input_ids, attention_mask=mask, use_cache=False)
 
 

@@ -99,7 +99,7 @@ def probe_against_lora(model, backbone: str, prompts: list[list[int]]) -> list[d
     seconds = dict.fromkeys(ways, 0.0)
     for step in range(1 + LORA_STEPS):
         batch = prompts[step * LORA_BATCH : (step + 1) * LORA_BATCH]
-        input_ids, mask = model._pad(batch)
+        input_ids, mask = model.pad(batch)
         target = torch.nn.functional.normalize(torch.randn(len(batch), model.config.embedding_dim), dim=-1)
         for name, (loss_of, _) in ways.items():
             begin = time.perf_counter()

@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from benchmarks.latency import QUERY_TOKENS, TOP_K, conversation_of
-from eval import load_model
 from native_retrieval.index import DocumentIndex
+from native_retrieval.loading import load_model
 from native_retrieval.report import environment
 from native_retrieval.teacher import Teacher
 

@@ -1,19 +1,29 @@
-"""The model card: the template `model_card.md`, filled from what training and evaluation left in the model's folder."""
+"""
+The model card, and the way to the Hub: the template `model_card.md`, filled from what training and evaluation left in
+the model's folder.
+
+    # after an evaluation: its table and figures into the card
+    python -m native_retrieval.card outputs/mine results/mine-test.json
+
+    # and the whole folder to the Hub, with the card pinning the commit that it describes
+    python -m native_retrieval.card outputs/mine results/mine-test.json --push_to_hub me/mine
+"""
 
 import argparse
 import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData
 
 from configuration_native_retrieval import NativeRetrievalConfig
 
-from .report import markdown_table
+from .report import markdown_table, plot_training
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_card.md"
 METRICS = {"recall@10": "Recall@10", "mrr@10": "MRR@10", "ndcg@10": "nDCG@10"}
@@ -38,30 +48,28 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
             )
     facts = json.loads((folder / "training.json").read_text())
     config = NativeRetrievalConfig.from_pretrained(folder)
-    tables, entries = [], []
+    tables, entries, failures = [], [], []
     repository = facts.get("repository") or folder.name
+    (folder / "figures").mkdir(exist_ok=True)
     for path in map(Path, results):
         result = json.loads(path.read_text())
         figures = []
         for source in sorted((path.parent / "figures").glob(f"{path.stem}-*.png")):
-            (folder / "figures").mkdir(exist_ok=True)
             shutil.copy(source, folder / "figures" / source.name)
-            figures.append({"path": f"figures/{source.name}", "caption": source.stem.replace("-", " ")})
+            shown = {"path": f"figures/{source.name}", "caption": source.stem.replace("-", " ")}
+            (failures if source.stem.endswith("failures") else figures).append(shown)
         tables.append({**result, "table": markdown_table(result), "figures": figures})
-        native = result["methods"].get(f"native-{config.query_mode}")
-        for name, label in METRICS.items():
-            if native:
-                entries.append(
-                    EvalResult(
-                        task_type="text-retrieval",
-                        dataset_type=result["dataset"],
-                        dataset_name=result["dataset"],
-                        dataset_split=result["split"],
-                        metric_type=name,
-                        metric_name=label,
-                        metric_value=round(native[name], 4),
-                    )
-                )
+        if native := result["methods"].get(f"native-{config.query_mode}"):
+            entries += _eval_results(result["dataset"], result["split"], native)
+    # Each data set has a log entry of its own; the last of each is of the checkpoint that was kept.
+    dev = {name: value for entry in facts.get("dev", []) for name, value in entry.items()}
+    if not entries:
+        for name in facts.get("dev_data", {}):
+            prefix = f"eval_{name}_{config.query_mode}_"
+            entries += _eval_results(name, "dev", {metric: dev.get(prefix + metric) for metric in METRICS})
+    history = facts.get("history", [])
+    if history:
+        plot_training(history, folder / "figures" / "training.png")
     local = Path(facts["backbone"]).exists()
     data = ModelCardData(
         library_name="transformers",
@@ -78,7 +86,6 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
         with safetensors.safe_open(weights_file, "pt") as weights:
             keys = [key for key in weights.keys() if not key.startswith("backbone.")]  # noqa: SIM118 (no mapping)
             parameters += sum(math.prod(weights.get_slice(key).get_shape()) for key in keys)
-    dev = facts["dev"][-1] if facts.get("dev") else {}
     revision = facts.get("revision")
     card = ModelCard.from_template(
         data,
@@ -97,10 +104,91 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
         head_parameters=f"{parameters / 1e6:.1f}M",
         results=tables,
         dev={key.removeprefix("eval_"): value for key, value in dev.items() if "@10" in key},
+        failures=failures,
+        training_figure=bool(history),
+        duration=_duration(facts["training_seconds"]) if "training_seconds" in facts else None,
+        energy=_energy(facts["training_seconds"], facts["device"]) if "training_seconds" in facts else None,
     )
     path = folder / "README.md"
     card.save(path)
     return path
+
+
+def push_model(
+    model_dir: str | os.PathLike,
+    repository: str,
+    results: Sequence[str | os.PathLike] = (),
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload model",
+) -> CommitInfo:
+    """
+    A saved model to the Hub: the folder in one commit, then a card whose snippets pin that commit, so that nobody who
+    copies them runs code that is pushed later. What the Hub has already is not sent again.
+
+    Args:
+        model_dir, results: as for [`write_model_card`].
+        repository: `user/name`; made if it is not there.
+        token: with the right to write; by default the one of `hf auth login` or of `HF_TOKEN`.
+        private: whether a new repository is private.
+        revision: the branch to push to.
+
+    Raises:
+        `FileNotFoundError`: if `training.json`, `config.json` or a result is missing.
+    """
+    folder, api = Path(model_dir), HfApi(token=token)
+    repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+    _note(folder, repository=repository, revision=None)
+    write_model_card(folder, results)
+    commit = api.upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        commit_message=commit_message,
+        revision=revision,
+        ignore_patterns=["checkpoint-*", "*.bin", "_*"],
+    )
+    _note(folder, revision=commit.oid)
+    card = write_model_card(folder, results)
+    api.upload_file(
+        repo_id=repository,
+        path_or_fileobj=card,
+        path_in_repo="README.md",
+        commit_message="Pin the commit that the card describes",
+        revision=revision,
+    )
+    return commit
+
+
+def _note(folder: Path, **facts: str | None) -> None:
+    path = folder / "training.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}, indent=2) + "\n")
+
+
+def _eval_results(dataset: str, split: str, metrics: dict[str, float | None]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-retrieval",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type=name,
+            metric_name=label,
+            metric_value=round(metrics[name], 4),
+        )
+        for name, label in METRICS.items()
+        if metrics.get(name) is not None
+    ]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(1, round(seconds / 60))} minutes"
+
+
+def _energy(seconds: float, device: str) -> str:
+    watts = 10 * int(device.split()[0]) if device.endswith("CPU cores") else 400
+    return f"{watts * seconds / 3.6e6:.2g} kWh"
 
 
 def _name(source: str) -> str:
@@ -108,9 +196,31 @@ def _name(source: str) -> str:
     return Path(source).name if Path(source).exists() else source
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write a saved model's card anew, with results of eval.py in it.")
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one line on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m native_retrieval.card",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("model", help="folder that train.py has saved")
     parser.add_argument("results", nargs="*", help="result files of eval.py; their figures are copied too")
-    words = parser.parse_args()
-    print(write_model_card(words.model, words.results))
+    parser.add_argument("--push_to_hub", metavar="REPO", help="push the folder to this repository of the Hub")
+    parser.add_argument("--private", action="store_true", help="make it private, if it is new")
+    words = parser.parse_args(argv)
+    try:
+        if words.push_to_hub:
+            commit = push_model(words.model, words.push_to_hub, words.results, private=words.private)
+            print(f"Pushed: {commit.commit_url}")
+        else:
+            print(write_model_card(words.model, words.results))
+    except Exception as error:  # the Hub's client raises errors of four libraries
+        print(
+            f"card: {' '.join(str(error).split())}; nothing here is lost, and the same command goes on", file=sys.stderr
+        )
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -138,7 +138,7 @@ def _fill(model, sequences, begins, batches, path: Path, shape: tuple, progress:
     with tqdm(total=total, desc=progress, unit="token", unit_scale=True) as bar:
         bar.update(sum(len(sequences[i]) for batch in batches[:done] for i in batch))
         for number, batch in enumerate(batches[done:], start=done + 1):
-            input_ids, mask = model._pad([list(sequences[i]) for i in batch])
+            input_ids, mask = model.pad([list(sequences[i]) for i in batch])
             hidden = model.prefill(input_ids, mask, use_cache=False).hidden_states.to(torch.bfloat16).cpu()
             for row, i in zip(hidden, batch, strict=True):
                 states[begins[i] : begins[i + 1]] = row[-len(sequences[i]) :].contiguous().view(torch.int16).numpy()
@@ -176,7 +176,7 @@ def cached_queries(model, prompts: Sequence[Sequence[int]], cache_dir: str | os.
         with tqdm(total=len(prompts), initial=len(written), desc="Queries by the backbone", unit="query") as bar:
             for begin in range(0, len(order), batch_size):
                 rows = order[begin : begin + batch_size]
-                prefill = model.prefill(*model._pad([list(prompts[i]) for i in rows]))
+                prefill = model.prefill(*model.pad([list(prompts[i]) for i in rows]))
                 written.update(zip(map(str, rows), model.write_queries(prefill)[1], strict=True))
                 bar.update(len(rows))
                 if (begin // batch_size) % 10 == 9 or begin + batch_size >= len(order):

@@ -287,7 +287,7 @@ class Comparison:
 
     def prefill(self, i: int) -> "Prefill":
         """The finished prefill of one query's prompt."""
-        prefill = self.model.prefill(*self.model._pad([self.prompts[i]]))
+        prefill = self.model.prefill(*self.model.pad([self.prompts[i]]))
         prefill.hidden_states[0, -1, 0, 0].item()  # waits for the GPU
         return prefill
 
@@ -306,7 +306,7 @@ class Comparison:
         with tqdm(total=len(order), desc=doing, unit="query") as bar:
             for begin in range(0, len(order), self.batch_size):
                 rows = order[begin : begin + self.batch_size]
-                prefill = self.model.prefill(*self.model._pad([self.prompts[i] for i in rows]), use_cache=use_cache)
+                prefill = self.model.prefill(*self.model.pad([self.prompts[i] for i in rows]), use_cache=use_cache)
                 for mode, its_vectors in vectors.items():
                     output = self.model.embed_prefilled(prefill, mode)
                     its_vectors[rows] = output.query_embeddings.float().cpu().numpy()

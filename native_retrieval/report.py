@@ -264,6 +264,25 @@ def plot_quality_latency(result: Mapping[str, Any], path: str | os.PathLike[str]
     figure.savefig(path, dpi=150)
 
 
+def plot_training(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws each part of the loss over the epochs, from the Trainer's log."""
+    figure, axes = _figure(7.5, 3.6)
+    parts = {"alignment_loss": "#0072B2", "contrastive_loss": "#E69F00", "rank_loss": "#D55E00"}
+    epochs = [entry["epoch"] for entry in history]
+    for part, colour in parts.items():
+        values = [entry.get(part) for entry in history]
+        if None not in values:
+            axes.plot(epochs, values, color=colour, linewidth=1.8)
+            axes.annotate(
+                f" {part.removesuffix('_loss')}", (epochs[-1], values[-1]), va="center", color=colour, fontsize=10
+            )
+    axes.margins(x=0.02)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("Epoch")
+    axes.set_title("Training loss, each part before its weight", loc="left", color=INK)
+    figure.savefig(path, dpi=150)
+
+
 def _ordered(methods: Mapping[str, Any]) -> list[str]:
     known = [method for method in METHOD_ORDER if method in methods]
     return known + [method for method in methods if method not in METHOD_ORDER]

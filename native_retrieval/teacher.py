@@ -148,6 +148,29 @@ class Teacher:
         return cached_array(self.cache_dir, f"ranking-{key}", lambda: search(documents, targets, k)[1].astype(np.int32))
 
 
+def teacher_of(config, name_or_path: str | None = None, **settings) -> Teacher:
+    """
+    The teacher that a model was trained towards, under another name or path if it lies elsewhere by now.
+
+    Args:
+        config (`NativeRetrievalConfig`): the model's.
+        settings: further arguments of [`Teacher`].
+
+    Raises:
+        `ValueError`: if the configuration names no teacher, or this is another one.
+    """
+    if not config.teacher_fingerprint or not (name_or_path or config.teacher_name_or_path):
+        raise ValueError("the model does not say which teacher it was trained towards; train it with train.py")
+    name = name_or_path or config.teacher_name_or_path
+    teacher = Teacher(name, revision=None if name_or_path else config.teacher_revision, **settings)
+    if not same_teacher(teacher.fingerprint, config.teacher_fingerprint):
+        raise ValueError(
+            f"the teacher {name!r} has the fingerprint {teacher.fingerprint}, but the model was trained towards "
+            f"{config.teacher_name_or_path!r} with {config.teacher_fingerprint}; pass that one as the teacher (--teacher)"
+        )
+    return teacher
+
+
 def _computes_in_bfloat16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported()

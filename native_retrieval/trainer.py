@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+from huggingface_hub import CommitInfo
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .card import write_model_card
+from .card import push_model, write_model_card
 from .examples import RetrievalExamples, collate
 from .losses import alignment_loss, contrastive_loss, rank_distillation_loss
 from .metrics import per_query
@@ -58,6 +59,9 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of that metric is better."})
     logging_steps: float = field(default=20, metadata={"help": "Steps between two log lines."})
     report_to: str = field(default="none", metadata={"help": "none, tensorboard, trackio, wandb ..."})
+    hub_strategy: str = field(
+        default="end", metadata={"help": "When to push; checkpoints hold the head alone, so only the end will do."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: batches carry vectors."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin batches in memory (for GPUs)."})
 
@@ -66,6 +70,8 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
         weights = (self.alignment_weight, self.contrastive_weight, self.rank_weight)
         if min(weights) < 0 or not any(weights):
             raise ValueError(f"loss weights {weights} must not be negative, and at least one must be above 0")
+        if self.hub_strategy != "end":
+            raise ValueError(f"hub_strategy={self.hub_strategy!r} would push checkpoints without a backbone; use 'end'")
 
 
 class NativeRetrievalTrainer(Trainer):
@@ -237,16 +243,47 @@ class NativeRetrievalTrainer(Trainer):
     # -- what is saved ------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Checkpoints hold the head alone: the backbone never changes."""
-        if not _internal_call or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+        """Saves a whole model; but checkpoints hold the head alone, as the backbone never changes."""
+        folder = Path(output_dir or self.args.output_dir)
+        is_checkpoint = _internal_call and output_dir is not None
+        if not is_checkpoint or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call=True)  # a push is a step of its own
+            if self.args.should_save:  # a pickle, and with the Hub's token in it
+                (folder / "training_args.bin").unlink(missing_ok=True)
+        elif self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             state = self.accelerator.unwrap_model(self.model).state_dict()
             state = {k: v.contiguous() for k, v in state.items() if not k.startswith("backbone.")}
             safetensors.torch.save_file(state, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-            torch.save(self.args, folder / "training_args.bin")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        results: Sequence[str | os.PathLike] = (),
+    ) -> CommitInfo | None:
+        """
+        Saves the model with its card and pushes both; see [`card.push_model`], which waits until all is sent.
+
+        Args:
+            results: result files of eval.py, for the card.
+        """
+        self.save_model()
+        self.create_model_card(results=results)
+        if not self.is_world_process_zero():
+            return None
+        return push_model(
+            self.args.output_dir,
+            self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+            results,
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message or "End of training",
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -298,6 +335,7 @@ class NativeRetrievalTrainer(Trainer):
                 )
             },
             "dev": [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)],
+            "history": [entry for entry in self.state.log_history if "loss" in entry],
             "repository": self.args.hub_model_id,
         }
         (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -53,17 +53,28 @@ HALF_TURNS = (
 EMPTY_RESULTS = ("No results.", "[]", "Error: the request timed out.", '{"status": "ok", "items": []}', "Done.")
 
 
-def vary(messages: Conversation, others: Sequence[Conversation], passages: Sequence[str], rng: random.Random):
+def vary(
+    messages: Conversation,
+    others: Sequence[Conversation],
+    passages: Sequence[str],
+    rng: random.Random,
+    rewrite: str | None = None,
+) -> Conversation:
     """
     The same conversation as it may look in an agent: one or two changes, drawn at random.
 
     Args:
         others (`list[Conversation]`): from whose turns other topics are taken.
         passages (`list[str]`): what a tool may have returned; seldom what this question is about.
+        rewrite (`str`, *optional*): the last question in a form that stands alone. It sometimes takes that question's
+            place, so that the head learns when the turns before have nothing to add.
     """
-    for change in rng.sample(
-        (_system, _tool_result, _other_topics, _typos, _half_turn, _tool_turn), rng.choice((1, 1, 2))
-    ):
+    if rewrite and messages[-1]["role"] == "user" and rng.random() < 0.25:
+        messages = [*messages[:-1], {**messages[-1], "content": rewrite}]
+    changes = rng.sample((_system, _tool_result, _typos, _half_turn, _tool_turn), rng.choice((1, 1, 2)))
+    if rng.random() < 0.5:  # as often as not: telling topics apart takes longest to learn
+        changes[0] = _other_topics
+    for change in changes:
         messages = change(messages, others, passages, rng)
     return messages
 
@@ -131,7 +142,7 @@ def _tool_result(messages, others, passages, rng):
 
 
 def _other_topics(messages, others, passages, rng):
-    return with_other_topics(messages, others, _user_turns(messages) + rng.randint(1, 8), rng)
+    return with_other_topics(messages, others, _user_turns(messages) + rng.randint(1, 15), rng)
 
 
 def _typos(messages, others, passages, rng):

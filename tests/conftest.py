@@ -192,6 +192,20 @@ def backbone_dir(
     return folder
 
 
+@pytest.fixture(scope="session")
+def teacher_dir(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real sentence-transformers model of 32 dimensions: the normalised mean of random vectors of tokens."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+
+    folder = tmp_path_factory.mktemp("teacher") / "tiny-teacher"
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        words = StaticEmbedding(tiny_tokenizer.backend_tokenizer, embedding_dim=32)
+    SentenceTransformer(modules=[words, Normalize()], device="cpu").save(str(folder), create_model_card=False)
+    return folder
+
+
 class StubTeacher:
     """The interface of `native_retrieval.teacher.Teacher`: a text's vector is the sum of fixed vectors of its words."""
 
@@ -282,6 +296,12 @@ def write_beir_folder(folder: Path) -> Path:
         rows = [f"{query}\t{document}\t1\n" for query, document in qrels.items() if int(query[1]) in conversations]
         (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(rows))
     return folder
+
+
+@pytest.fixture(scope="session")
+def beir_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as `beir_folder`, for fixtures that live longer than a test; not to be changed."""
+    return write_beir_folder(tmp_path_factory.mktemp("beir") / "beir")
 
 
 @pytest.fixture

@@ -385,7 +385,7 @@ def test_a_vector_in_the_middle_of_a_generation_changes_nothing(model: NativeRet
     assert_close(vectors, model(half, longer).query_embeddings)
     other = model.embed_query(half, mode=mode, past_key_values=cache.past_key_values)
     rows = [row[keep.bool()].tolist() for row, keep in zip(half, longer, strict=True)]
-    prefill = model.prefill(*model._pad(rows))
+    prefill = model.prefill(*model.pad(rows))
     assert_close(other, model.embed_prefilled(prefill, mode).query_embeddings)
     rest = model.generate(
         half,
@@ -405,7 +405,7 @@ def test_rows_of_a_batch_go_on_by_different_lengths(model: NativeRetrievalModel)
         for i, messages in enumerate(CONVERSATIONS)
     ]
     rows = prompts_of(model, longer)
-    ids, mask = model._pad(rows)
+    ids, mask = model.pad(rows)
     wanted = model.generate(ids, attention_mask=mask, max_new_tokens=8, eos_token_id=None, **GREEDY)
     found = model.embed_query(longer, past_key_values=cache, return_cache=True)
     assert_close(found.query_embeddings, model.embed_query(longer))
@@ -641,6 +641,7 @@ def test_saving_ships_the_code_and_the_tokenizer(tiny_model: NativeRetrievalMode
     assert config["auto_map"] == {
         "AutoConfig": "configuration_native_retrieval.NativeRetrievalConfig",
         "AutoModel": "modeling_native_retrieval.NativeRetrievalModel",
+        "AutoModelForCausalLM": "modeling_native_retrieval.NativeRetrievalForCausalLM",
     }
     loaded = AutoTokenizer.from_pretrained(tmp_path, config=tiny_model.config.text_config)
     assert loaded.get_vocab() == tiny_model.tokenizer.get_vocab()
@@ -1155,7 +1156,7 @@ def test_a_new_probe_changes_nothing(make_backbone, tiny_tokenizer: PreTrainedTo
 
 
 def test_the_adapter_acts_on_the_probe_alone(model: NativeRetrievalModel):
-    ids, mask = model._pad(prompts_of(model))
+    ids, mask = model.pad(prompts_of(model))
     prefill = model.prefill(ids, mask)
     before = [layer.keys.clone() for layer in prefill.past_key_values.layers]
     states = model.pass_probe(prefill)
@@ -1169,7 +1170,7 @@ def test_the_adapter_acts_on_the_probe_alone(model: NativeRetrievalModel):
 
 
 def test_gradients_reach_the_probe_through_its_own_tokens(tiny_model: NativeRetrievalModel):
-    ids, mask = tiny_model._pad(prompts_of(tiny_model))
+    ids, mask = tiny_model.pad(prompts_of(tiny_model))
     tiny_model(ids, mask, use_probe=True).query_embeddings[:, 0].sum().backward()
     assert all(
         p.grad is not None and p.grad.abs().sum() > 0 for n, p in tiny_model.probe.named_parameters() if "norm" not in n
@@ -1258,3 +1259,27 @@ def test_auto_classes_know_the_saved_model(tiny_model: NativeRetrievalModel, tmp
     assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).model_type == "native_retrieval"
     loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
     assert torch.equal(loaded.embed_query(CONVERSATIONS), tiny_model.embed_query(CONVERSATIONS))
+
+
+def test_as_a_plain_language_model_it_is_the_backbone_and_embeds_all_the_same(
+    tiny_model: NativeRetrievalModel, tmp_path: Path
+):
+    tiny_model.save_pretrained(tmp_path / "one")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one", trust_remote_code=True)
+    loaded.save_pretrained(tmp_path / "two")  # and whichever class has saved it, both load
+    for again in (loaded, AutoModel.from_pretrained(tmp_path / "two", trust_remote_code=True)):
+        for mode in MODES:
+            assert torch.equal(
+                again.embed_query(CONVERSATIONS, mode=mode), tiny_model.embed_query(CONVERSATIONS, mode=mode)
+            )
+    ids = torch.arange(3, 30)[None]
+    assert torch.equal(loaded(ids).logits, tiny_model.backbone(ids).logits)
+    assert loaded.can_generate()
+
+
+def test_how_the_backbone_stops_and_samples_is_saved(tiny_model: NativeRetrievalModel, tmp_path: Path):
+    settings = tiny_model.backbone.generation_config
+    settings.eos_token_id, settings.do_sample, settings.top_k = [2, 7, 9], True, 3
+    tiny_model.save_pretrained(tmp_path)
+    loaded = NativeRetrievalModel.from_pretrained(tmp_path).backbone.generation_config
+    assert (loaded.eos_token_id, loaded.do_sample, loaded.top_k) == ([2, 7, 9], True, 3)

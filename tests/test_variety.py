@@ -52,6 +52,15 @@ def test_every_kind_of_variety_occurs():
     assert any(messages[-1]["content"] not in [message["content"] for message in m] for m in varied)
 
 
+def test_a_rewrite_takes_the_place_of_some_last_questions():
+    messages = [{"role": "user", "content": "Hello"}, {"role": "user", "content": "his?"}]
+    rng = random.Random(0)
+    varied = [vary(messages, [messages], [], rng, "Picasso's?") for _ in range(200)]
+    replaced = [any(message["content"] == "Picasso's?" for message in m) for m in varied]
+    assert 20 < sum(replaced) < 80
+    assert all(any(message["content"] == "his?" for message in m) != r for m, r in zip(varied, replaced, strict=True))
+
+
 @given(texts, st.integers(0, 100))
 def test_typos_move_letters_and_lose_none(text, seed):
     misspelt = with_typos(text, random.Random(seed))
