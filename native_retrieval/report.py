@@ -264,6 +264,34 @@ def plot_quality_latency(result: Mapping[str, Any], path: str | os.PathLike[str]
     figure.savefig(path, dpi=150)
 
 
+def plot_map(queries: Mapping[str, np.ndarray], documents: Mapping[str, tuple[np.ndarray, str]]) -> Figure:
+    """
+    Two queries and their documents on the two directions in which they differ most (PCA).
+
+    Args:
+        queries: a vector each, by name.
+        documents: by title, the vector and the colour of the point.
+    """
+    names = [*queries, *documents]
+    vectors = np.stack([*queries.values(), *(vector for vector, _ in documents.values())])
+    centred = vectors - vectors.mean(0)
+    places = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+    figure, axes = _figure(4.6, 3.5)
+    colours = dict(zip(queries, (NATIVE_COLOURS["native-context"], NATIVE_COLOURS["native-probe"]), strict=False))
+    for name, (x, y) in zip(names, places, strict=True):
+        marker, size = ("*", 17) if name in queries else ("o", 8)
+        colour = colours[name] if name in queries else documents[name][1]
+        axes.plot(x, y, marker, markersize=size, color=colour, markeredgecolor="white", markeredgewidth=0.8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.margins(0.16)
+    axes.set_title("Queries (stars) and documents, by PCA", loc="left", color=INK, fontsize=10)
+    short = {name: name if len(name) <= 28 else f"{name[:27]}…" for name in names}
+    points = {short[name]: tuple(place) for name, place in zip(names, places, strict=True)}
+    _label_points(figure, axes, points, {short[name]: colour for name, colour in colours.items()}, size=9)
+    return figure
+
+
 def plot_training(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Draws each part of the loss over the epochs, from the Trainer's log."""
     figure, axes = _figure(7.5, 3.6)
@@ -380,8 +408,14 @@ def _spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
     return placed
 
 
-def _label_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Writes each point's name at the first place around it that is free of names, points."""
+def _label_points(
+    figure: Figure,
+    axes: Axes,
+    points: Mapping[str, tuple[float, float]],
+    bold: Mapping[str, str] = NATIVE_COLOURS,
+    size: float | None = None,
+) -> None:
+    """Writes each point's name at the first place around it that is free of names, points; `bold` ones in a colour."""
     figure.draw_without_rendering()
     taken = [line.get_window_extent().padded(4) for line in axes.lines]
     taken += [text.get_window_extent() for text in axes.texts]
@@ -394,7 +428,6 @@ def _label_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, 
     ]
     places += [(x, y, side, "center") for y in (12, -12, 24, -24, 36, -36) for x, side in ((9, "left"), (-9, "right"))]
     for method, point in points.items():
-        native = method in NATIVE_COLOURS
         label: Annotation | None = None
         for x, y, horizontal, vertical in places:
             if label is not None:
@@ -406,8 +439,10 @@ def _label_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, 
                 textcoords="offset points",
                 ha=horizontal,
                 va=vertical,
-                color=NATIVE_COLOURS.get(method, INK),
-                fontweight="bold" if native else "normal",
+                color=bold.get(method, INK),
+                fontweight="bold" if method in bold else "normal",
+                fontsize=size,
+                parse_math=False,  # a title may have dollar signs in it
             )
             extent = label.get_window_extent()
             inside = frame.x0 <= extent.x0 and extent.x1 <= frame.x1 and frame.y0 <= extent.y0 and extent.y1 <= frame.y1

@@ -1,0 +1,212 @@
+"""
+A page to talk to the agent and to see, for each turn, what its vector found beside what the two-model pipeline finds.
+
+    python examples/app.py                          # with what `make demo` has made, on http://127.0.0.1:7860
+    python examples/app.py --model MODEL --index INDEX [--teacher TEACHER] [--port 7861]
+
+Conversations live in the browser (and survive a refresh); the server keeps nothing but the caches of open pages.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+
+import gradio as gr
+import numpy as np
+import pandas as pd
+import torch
+
+from native_retrieval.agent import Agent
+from native_retrieval.index import DocumentIndex
+from native_retrieval.loading import load_model
+from native_retrieval.report import plot_map
+from native_retrieval.teacher import Teacher, teacher_of
+
+EXAMPLES = ("Who painted Guernica?", "How high is Mount Everest?", "What did Clara Schumann compose?")
+NATIVE, PIPELINE = "native", "generate, then encode"
+COLOURS = {
+    (NATIVE,): "#7FB8D8",
+    (PIPELINE,): "#E9B08A",
+    (NATIVE, PIPELINE): "#6E6E6E",
+}  # of documents, by who found them
+PARTS = {"head": "#0072B2", "write the query": "#D55E00", "encode it": "#E69F00", "search": "#9A9A9A"}
+NUM_DOCUMENTS = 5
+
+
+@dataclass
+class Comparison:
+    """One turn, searched both ways from one prefill: documents, milliseconds of each part, and the written query."""
+
+    query: str
+    rows: dict[str, list[int]]
+    scores: dict[str, list[float]]
+    vectors: dict[str, np.ndarray]
+    milliseconds: list[tuple[str, str, float]]
+
+
+@torch.no_grad()
+def compare(model, teacher: Teacher, index: DocumentIndex, messages: list[dict]) -> Comparison:
+    prefill = model.prefill(*model.pad([model.build_prompt(messages)]))
+    comparison = Comparison("", {}, {}, {}, [])
+
+    def timed(way: str, part: str, function, *arguments):
+        begin = time.perf_counter()
+        result = function(*arguments)
+        comparison.milliseconds.append((way, part, round(1000 * (time.perf_counter() - begin), 1)))
+        return result
+
+    output = timed(NATIVE, "head", model.embed_prefilled, prefill, "context")
+    _, (query,) = timed(PIPELINE, "write the query", model.write_queries, prefill)
+    comparison.query = model.tokenizer.decode(query, skip_special_tokens=True).strip()
+    comparison.vectors = {
+        NATIVE: output.query_embeddings.float().cpu().numpy(),
+        PIPELINE: timed(PIPELINE, "encode it", teacher.encode, [comparison.query or "."]),
+    }
+    for way, vector in comparison.vectors.items():
+        scores, rows = timed(way, "search", index.search, vector, NUM_DOCUMENTS)
+        comparison.rows[way], comparison.scores[way] = rows[0].tolist(), scores[0].tolist()
+    return comparison
+
+
+def table(index: DocumentIndex, rows: list[int], scores: list[float]) -> pd.DataFrame:
+    titles = [index.documents[row]["title"] for row in rows]
+    return pd.DataFrame({"document": titles, "cosine": [round(score, 3) for score in scores]})
+
+
+def bars(comparison: Comparison) -> pd.DataFrame:
+    return pd.DataFrame(comparison.milliseconds, columns=["way", "part", "milliseconds"])
+
+
+def chart(index: DocumentIndex, comparison: Comparison):
+    """Queries as stars, documents as points: blue if found natively, orange by the pipeline, grey by both."""
+    written = comparison.query.strip("\"'") or "(an empty query)"
+    queries = {"native query": comparison.vectors[NATIVE][0], f"“{written}”": comparison.vectors[PIPELINE][0]}
+    documents = {}
+    for row in dict.fromkeys([*comparison.rows[NATIVE], *comparison.rows[PIPELINE]]):
+        ways = tuple(way for way in (NATIVE, PIPELINE) if row in comparison.rows[way])
+        documents[index.documents[row]["title"]] = (index.vectors.reconstruct(row), COLOURS[ways])
+    return plot_map(queries, documents)
+
+
+def build_page(model, teacher: Teacher, index: DocumentIndex) -> gr.Blocks:
+    with gr.Blocks(title="Native Retrieval", fill_width=True) as page:
+        gr.Markdown(
+            "# Native Retrieval\n"
+            f"{len(index):,} documents, vectors by *{index.info['teacher_name'].rstrip('/').split('/')[-1]}*. The language "
+            "model's own state is the query: left, the conversation; right, what each way finds for your last turn."
+        )
+        kept = gr.BrowserState([], storage_key="native-retrieval")
+        agents = gr.State(None, time_to_live=3600)
+        with gr.Row():
+            with gr.Column(scale=4, min_width=320):
+                chat = gr.Chatbot(label="Conversation", height=460, elem_id="chat", buttons=["copy"])
+                box = gr.Textbox(
+                    placeholder="Ask something", show_label=False, max_lines=4, elem_id="question", autofocus=True
+                )
+                with gr.Row():
+                    send = gr.Button("Send", variant="primary", elem_id="send")
+                    stop = gr.Button("Stop", elem_id="stop")
+                    clear = gr.Button("New conversation", elem_id="clear")
+                gr.Examples([[text] for text in EXAMPLES], box)
+            with gr.Column(scale=5, min_width=420):
+                with gr.Row():
+                    columns = {"headers": ["document", "cosine"], "column_widths": ["75%", "25%"], "wrap": True}
+                    ours = gr.Dataframe(label="Native: no query is written", elem_id="native", **columns)
+                    theirs = gr.Dataframe(label="Generate a query, then encode it", elem_id="pipeline", **columns)
+                query = gr.Textbox(label="The query that the model would have written", elem_id="query")
+                with gr.Row():
+                    spent = gr.BarPlot(
+                        x="way",
+                        y="milliseconds",
+                        color="part",
+                        color_map=PARTS,
+                        x_title=" ",
+                        title="Milliseconds after the prefill",
+                        height=260,
+                        elem_id="spent",
+                    )
+                    where = gr.Plot(show_label=False, elem_id="where")
+        shown = [ours, theirs, query, spent, where]
+        nothing = [None, None, "", None, None]
+
+        def turn(question: str, history: list[dict], agent: Agent | None):
+            """Streams: the user's turn, what was found, the answer piece by piece."""
+            if not question.strip():
+                raise gr.Error("Ask something first.", duration=4, print_exception=False)
+            agent = agent or Agent(model, index, NUM_DOCUMENTS)
+            before = [{"role": m["role"], "content": _text(m["content"])} for m in history or []]
+            if agent.messages != before:  # after a refresh, or in a new conversation
+                agent.messages, agent.cache = before, None
+            try:
+                agent.search(question)
+            except ValueError as error:
+                raise gr.Error(f"{str(error)[0].upper()}{str(error)[1:]}.", print_exception=False) from error
+            found = compare(model, teacher, index, agent.messages)
+            right = [
+                table(index, found.rows[NATIVE], found.scores[NATIVE]),
+                table(index, found.rows[PIPELINE], found.scores[PIPELINE]),
+                found.query,
+                bars(found),
+                chart(index, found),
+            ]
+            asked, said = agent.messages, ""
+            yield ["", [*asked, {"role": "assistant", "content": "…"}], agent, *right]
+            unchanged = [gr.skip()] * len(right)
+            for piece in agent.answer():
+                said += piece
+                yield [gr.skip(), [*asked, {"role": "assistant", "content": said}], gr.skip(), *unchanged]
+            yield [gr.skip(), agent.messages, agent, *unchanged]
+
+        def remember(history: list[dict]) -> list[dict]:
+            return [{"role": m["role"], "content": _text(m["content"])} for m in history or []]
+
+        # One turn of a page at a time: clicks while it runs are dropped.
+        asked = gr.on(
+            [box.submit, send.click],
+            turn,
+            [box, chat, agents],
+            [box, chat, agents, *shown],
+            trigger_mode="once",
+            show_progress="minimal",
+            concurrency_limit=4,
+        )
+        asked.then(remember, chat, kept, show_progress="hidden")
+        stop.click(remember, chat, kept, cancels=[asked], show_progress="hidden")
+        gr.on(
+            [clear.click, chat.clear],
+            lambda: ["", [], None, [], *nothing],
+            None,
+            [box, chat, agents, kept, *shown],
+            cancels=[asked],
+        )
+        page.load(lambda messages: messages, kept, chat, show_progress="hidden")
+    return page.queue(max_size=64)
+
+
+def _text(content) -> str:
+    """A message's text, which Gradio hands back in parts."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=".cache/demo/model", help="a trained model (default: %(default)s)")
+    parser.add_argument("--index", default=".cache/demo/index", help="its teacher's index (default: %(default)s)")
+    parser.add_argument("--teacher", help="the teacher, if it lies elsewhere than at training")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    words = parser.parse_args(argv)
+    try:
+        model, index = load_model(words.model), DocumentIndex.load(words.index)
+        index.check_model(model.config)
+        page = build_page(model, teacher_of(model.config, words.teacher), index)
+        page.launch(server_name=words.host, server_port=words.port, theme=gr.themes.Soft(), footer_links=[])
+    except (ValueError, OSError) as error:
+        print(f"app.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

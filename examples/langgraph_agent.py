@@ -1,0 +1,71 @@
+"""
+An agent as a LangGraph graph, whose `search` tool takes its vector from the language model's own state. No embedding model
+is loaded in this process; the last line says so.
+
+    python examples/langgraph_agent.py              # with what `make demo` has made
+    python examples/langgraph_agent.py MODEL INDEX  # your own
+"""
+
+import sys
+from typing import Annotated
+
+import torch
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, convert_to_openai_messages
+from langchain_core.tools import tool
+from langgraph.graph import START, MessagesState, StateGraph
+from langgraph.prebuilt import InjectedState, ToolNode
+
+from native_retrieval.agent import search_results
+from native_retrieval.index import DocumentIndex
+from native_retrieval.loading import load_model
+
+QUESTIONS = ("Who painted Guernica?", "Which war is it about?")
+
+
+def build_graph(model, index: DocumentIndex):
+    """`decide` calls the tool, `search` finds documents, `answer` goes on from the cache that the search has left."""
+    caches = {}  # the cache of the conversation in hand; a tensor has no place in a graph's state
+
+    def prompt_of(messages: list[BaseMessage]) -> torch.Tensor:
+        return torch.tensor([model.build_prompt(convert_to_openai_messages(messages))])
+
+    def decide(state: MessagesState) -> dict:
+        # A larger model decides for itself; one of 135M parameters always searches.
+        call = {"name": "search", "args": {}, "id": f"call_{len(state['messages'])}", "type": "tool_call"}
+        return {"messages": [AIMessage("", tool_calls=[call])]}
+
+    @tool
+    def search(messages: Annotated[list[BaseMessage], InjectedState("messages")]) -> str:
+        """Find documents for the conversation so far."""
+        conversation = convert_to_openai_messages(messages[:-1])  # without the call itself
+        found = model.embed_query(conversation, past_key_values=caches.get("last"), return_cache=True)
+        caches["last"] = found.past_key_values
+        _, rows = index.search(found.query_embeddings.float().numpy(), 1)
+        return search_results(conversation[-1]["content"], [index.documents[int(row)] for row in rows[0]])["content"]
+
+    def answer(state: MessagesState) -> dict:
+        prompt = prompt_of(state["messages"])
+        output = model.generate(prompt, past_key_values=caches["last"], max_new_tokens=60, do_sample=False)
+        text = model.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+        return {"messages": [AIMessage(text.strip())]}
+
+    graph = StateGraph(MessagesState)
+    graph.add_node("decide", decide).add_node("search", ToolNode([search])).add_node("answer", answer)
+    graph.add_edge(START, "decide").add_edge("decide", "search").add_edge("search", "answer")
+    return graph.compile()
+
+
+def main(model_dir: str = ".cache/demo/model", index_dir: str = ".cache/demo/index") -> None:
+    graph = build_graph(load_model(model_dir), DocumentIndex.load(index_dir))
+    messages = []
+    for question in QUESTIONS:
+        messages = graph.invoke({"messages": [*messages, HumanMessage(question)]})["messages"]
+        for message in messages[-4:]:
+            if message.text:
+                print(f"{message.type:6} {message.text[:200]}")
+    embedders = [name for name in sys.modules if name.split(".")[0] == "sentence_transformers"]
+    print(f"Embedding models loaded in this process: {embedders or 'none'}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
