@@ -50,19 +50,16 @@ The result (`--output`) holds every method's measures, its difference to the bas
 and the rank of the first relevant document of each query. Bad input ends in one line on stderr and exit code 2.
 """
 
-import difflib
 import hashlib
 import json
 import os
 import shlex
 import sys
-from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from transformers import HfArgumentParser
-
+from native_retrieval.cli import Parser, nearest
 from native_retrieval.pipelines import METHODS, Comparison
 
 # What takes seconds to import is imported where it is used, so that --help and a mistyped flag answer at once.
@@ -116,7 +113,7 @@ class EvalArguments:
         for name in self.methods:
             if name not in METHODS:
                 raise ValueError(
-                    f"--methods: {name!r} is unknown{_nearest(name, METHODS)}; there are {', '.join(METHODS)}"
+                    f"--methods: {name!r} is unknown{nearest(name, METHODS)}; there are {', '.join(METHODS)}"
                 )
         self.methods = list(dict.fromkeys(self.methods))
         if self.batch_size < 1:
@@ -146,6 +143,13 @@ class EvalArguments:
                 _check_writable(flag, Path(directory))
 
 
+GROUPS = {
+    "what to judge": ("model", "data", "split", "index", "teacher"),
+    "how": ("methods", "batch_size", "latency_queries", "cache_dir", "debug"),
+    "what to write": ("output", "figures", "report", "save_queries"),
+}
+
+
 def _check_writable(flag: str, directory: Path) -> None:
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not existing.is_dir():
@@ -154,41 +158,23 @@ def _check_writable(flag: str, directory: Path) -> None:
         raise ValueError(f"--{flag}: {existing} cannot be written to; name another place")
 
 
-class _HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """The docstring as it stands, and the defaults of flags where they say something."""
-
-    def _get_help_string(self, action: Action) -> str | None:
-        plain = action.default is None or action.dest in ("methods", "debug", "save_queries")
-        return action.help if plain else super()._get_help_string(action)
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:  # argparse would print the whole usage first
-        raise ValueError(message)
-
-
 def parse(argv: list[str]) -> EvalArguments:
     """Raises `ValueError`, in one line, for flags and values that cannot be used."""
-    parser = _Parser(
-        EvalArguments, prog="eval.py", description=__doc__, formatter_class=_HelpFormatter, allow_abbrev=False
+    parser = Parser(
+        EvalArguments, GROUPS, prog="eval.py", usage="%(prog)s --model ... --data ... --output ...", description=__doc__
     )
     # Before parsing: argparse would complain about the required flag that a mistyped one leaves unset.
     known = ["--help", *(f"--{argument.name}" for argument in fields(EvalArguments))]
     for word in argv:
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag.replace("-", "_") not in [name.replace("-", "_") for name in known]:
-            raise ValueError(f"unknown flag {flag}{_nearest(flag, known)}; python eval.py --help lists all")
+            raise ValueError(f"unknown flag {flag}{nearest(flag, known)}; python eval.py --help lists all")
     arguments, unused = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
     if unused:
         raise ValueError(f"{unused[0]!r} belongs to no flag; python eval.py --help lists all")
     return arguments
-
-
-def _nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {near[0]}?" if near else ""
 
 
 def load_teacher(arguments: EvalArguments, model: "NativeRetrievalModel") -> "Teacher":

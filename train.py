@@ -1,5 +1,5 @@
 # Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
-"""
+r"""
 Train a query head for your language model and your index.
 
 The recipe is a YAML file; any field in it can be set on the command line too, which then wins.
@@ -27,7 +27,6 @@ The trained model lands in `--output_dir`: weights, code, tokenizer, model card.
 """
 
 import dataclasses
-import difflib
 import os
 import shutil
 import sys
@@ -139,14 +138,30 @@ class RunArguments:
 def parse(argv: list[str]):
     """`[recipe.yaml] [--field value ...]` to the four groups of arguments. Raises `ValueError` for a misspelt field."""
     import yaml
-    from transformers import HfArgumentParser
 
+    from native_retrieval.cli import Parser
     from native_retrieval.trainer import NativeRetrievalTrainingArguments
 
     groups = (ModelArguments, DataArguments, RunArguments, NativeRetrievalTrainingArguments)
-    parser = HfArgumentParser(
-        groups, description=__doc__, prog="train.py", usage="%(prog)s [recipe.yaml] [--field ...]"
+    ours = (
+        NativeRetrievalTrainingArguments.__dataclass_fields__.keys() & NativeRetrievalTrainingArguments.__annotations__
     )
+    titles = {
+        "the model": [f.name for f in dataclasses.fields(ModelArguments)],
+        "the data": [f.name for f in dataclasses.fields(DataArguments)],
+        "this run": [f.name for f in dataclasses.fields(RunArguments)],
+        "training (every other field of transformers' TrainingArguments works too)": [
+            *(f.name for f in dataclasses.fields(NativeRetrievalTrainingArguments) if f.name in ours),
+            "gradient_accumulation_steps",
+            "max_steps",
+            "seed",
+            "use_cpu",
+            "push_to_hub",
+            "hub_model_id",
+            "hub_private_repo",
+        ],
+    }
+    parser = Parser(groups, titles, description=__doc__, prog="train.py", usage="%(prog)s [recipe.yaml] [--field ...]")
     fields = {f.name for group in groups for f in dataclasses.fields(group) if f.init}
     recipe = {}
     if argv and not argv[0].startswith("-"):
@@ -179,10 +194,11 @@ def _as_arguments(recipe: dict) -> list[str]:
 
 
 def _known(name: str, fields: set[str], where: str) -> None:
+    from native_retrieval.cli import nearest
+
     if name not in fields and name not in ("help",):
-        near = difflib.get_close_matches(name, fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see `python train.py --help`"
-        raise ValueError(f"{where}: unknown field {name!r}; {hint}")
+        hint = nearest(name, fields) or "; see `python train.py --help`"
+        raise ValueError(f"{where}: unknown field {name!r}{hint}")
 
 
 def load_queries_of(entry: str, default_split: str):

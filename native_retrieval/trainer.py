@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
     contrastive_temperature: float = field(default=0.05, metadata={"help": "Temperature of InfoNCE."})
     rank_temperature: float = field(default=0.05, metadata={"help": "Temperature of the rank distillation."})
 
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where checkpoints and the trained model go (default: trainer_output)."}
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the head."})
     token_learning_rate: float | None = field(
         default=None, metadata={"help": "That of the copy path's token values and salience (default: a tenth of it)."}
@@ -108,6 +112,7 @@ class NativeRetrievalTrainer(Trainer):
         model.config.text_config.use_cache = use_cache
         self.facts = facts or {}
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._num_queries, self._last_log = 0, time.perf_counter()
         self._evaluated: RetrievalExamples | None = None
         # A Trainer would otherwise read the loss's normalisation off forward's signature.
         self.model_accepts_loss_kwargs = False
@@ -145,6 +150,7 @@ class NativeRetrievalTrainer(Trainer):
                 f"number {inputs['index'].tolist()}; lower the learning rate or raise the temperatures"
             )
         if model.training:
+            self._num_queries += len(inputs["input_ids"]) * self.args.world_size
             for name, part in parts.items():
                 self._parts[f"{name}_loss"].append(part.detach())
         return (loss, outputs) if return_outputs else loss
@@ -195,6 +201,9 @@ class NativeRetrievalTrainer(Trainer):
         if "loss" in logs and self._parts:
             logs |= {name: round(torch.stack(values).mean().item(), 5) for name, values in self._parts.items()}
             self._parts.clear()
+            now = time.perf_counter()
+            logs["queries_per_second"] = round(self._num_queries / (now - self._last_log), 1)
+            self._num_queries, self._last_log = 0, now
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):

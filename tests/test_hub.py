@@ -2,6 +2,7 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -64,8 +65,9 @@ def trained(tmp_path_factory, backbone_dir, teacher_dir, beir_data):
             "1",
             "--debug_errors",
         ]
+        words += ["--report_to", "trackio", "--project", "tiny"]
         words += ["--push_to_hub", "--hub_model_id", REPO, "--hub_token", TOKEN]
-        process = run(words, hub, folder / "home")
+        process = run(words, hub, folder / "home", TRACKIO_DIR=str(folder / "trackio"))
         assert process.returncode == 0, process.stderr
         assert broken, "nothing was uploaded"
         yield hub, folder, process
@@ -100,6 +102,13 @@ def test_the_card_has_results_that_the_hub_draws(trained):
     card = ModelCard(trained[0].files(REPO)[1]["README.md"].decode())
     assert {entry.metric_type for entry in card.data.eval_results} == {"recall@10", "mrr@10", "ndcg@10"}
     assert {entry.dataset_split for entry in card.data.eval_results} == {"dev"}
+
+
+def test_trackio_has_loss_parts_dev_metrics_and_throughput(trained):
+    logged = sqlite3.connect(trained[1] / "trackio" / "tiny.db").execute("select metrics from metrics").fetchall()
+    names = {name for (row,) in logged for name in json.loads(row)}
+    wanted = {"train/alignment_loss", "train/rank_loss", "train/queries_per_second", "eval/recall@10", "eval/mrr@10"}
+    assert wanted <= names
 
 
 def test_the_token_is_sent_and_written_nowhere(trained):

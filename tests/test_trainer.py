@@ -76,6 +76,23 @@ def test_parts_are_logged_and_add_up_to_the_loss(tiny_model, examples, tmp_path)
     assert float(logged[-1]["loss"]) < float(logged[0]["loss"])
 
 
+WANTED_IN_LOGS = ("alignment_loss", "contrastive_loss", "rank_loss", "queries_per_second")
+
+
+def test_tensorboard_gets_loss_parts_dev_metrics_and_throughput(tiny_model, examples, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = NativeRetrievalTrainer(
+        tiny_model, arguments(tmp_path, report_to="tensorboard"), examples(), examples("dev")
+    )
+    trainer.train()
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    tags = set(board.Tags()["scalars"])
+    assert {f"train/{name}" for name in WANTED_IN_LOGS} | {"eval/recall@10", "eval/mrr@10"} <= tags
+    assert board.Scalars("train/queries_per_second")[-1].value > 0
+
+
 def test_a_weight_of_zero_leaves_the_part_out(tiny_model, examples, tmp_path):
     args = arguments(tmp_path, contrastive_weight=0.0, eval_strategy="no", load_best_model_at_end=False)
     trainer = NativeRetrievalTrainer(tiny_model, args)
@@ -342,7 +359,7 @@ def test_the_probe_is_trained_in_a_stage_of_its_own(stub_training, backbone_dir,
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["--bakbone", "x"], "did you mean 'backbone'"),
+        (["--bakbone", "x"], "did you mean backbone"),
         (["no-such.yaml"], "does not exist"),
         ([], "backbone is missing"),
         (["--backbone", "b"], "teacher is missing"),

@@ -1,0 +1,61 @@
+"""What the command lines share: help that teaches, and one line that names the nearest flag to a mistyped one."""
+
+import copy
+import difflib
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Collection, Mapping
+from typing import NoReturn
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+METAVARS = {int: "N", float: "X", string_to_bool: "true|false"}
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """`, did you mean ...?`, or nothing where nothing is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+class HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """The description as it stands, each flag in one spelling, and the defaults that say something."""
+
+    def __init__(self, prog: str, **kwargs):
+        super().__init__(prog, max_help_position=38, **kwargs)
+
+    def _get_help_string(self, action: Action) -> str | None:
+        silent = action.default in (None, "", False) or isinstance(action.default, list)
+        return action.help if silent else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
+        shown.metavar = action.metavar or METAVARS.get(action.type, "TEXT")
+        return super()._format_action_invocation(shown)
+
+
+class Parser(HfArgumentParser):
+    """
+    transformers' parser of dataclasses, with its flags in groups and errors as `ValueError`.
+
+    Args:
+        groups (`dict[str, Collection[str]]`): the fields to show under each title; others work, and are not listed.
+    """
+
+    def __init__(self, dataclasses, groups: Mapping[str, Collection[str]], **kwargs):
+        super().__init__(dataclasses, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+        actions = {action.dest: action for action in self._actions if not action.option_strings[0].startswith("--no_")}
+        for action in self._optionals._group_actions:
+            if action.dest != "help":
+                action.help = SUPPRESS if action is not actions.get(action.dest) else action.help
+        listed = {name for names in groups.values() for name in names}
+        self._optionals._group_actions = [action for action in self._optionals._group_actions if action.dest == "help"]
+        for title, names in groups.items():
+            self.add_argument_group(title)._group_actions.extend(actions[name] for name in names)
+        for name, action in actions.items():
+            if name not in listed and name != "help":
+                action.help = SUPPRESS
+
+    def error(self, message: str) -> NoReturn:  # argparse would print the whole usage first
+        raise ValueError(message)
