@@ -86,12 +86,8 @@ class FullHistory(TeacherOnText):
     @cached_property
     def texts(self) -> list[str]:
         teacher = self.comparison.teacher
-
-        def count_tokens(text: str) -> int:
-            return len(teacher.tokenizer(text, truncation=False, verbose=False)["input_ids"])
-
         return [
-            full_history(messages, count_tokens, teacher.max_seq_length)
+            full_history(messages, teacher.count_tokens, teacher.max_seq_length)
             for messages in tqdm(self.comparison.messages, desc=f"{self.name}: fitting the turns", unit="query")
         ]
 

@@ -17,6 +17,7 @@ import faiss
 import numpy as np
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 # Fixed for ever: a teacher is recognised by its vectors of these.
@@ -72,9 +73,12 @@ class Teacher:
         """Tokens of a text that the teacher reads; the rest is cut off."""
         return self.model.max_seq_length
 
-    @property
-    def tokenizer(self):
-        return self.model.tokenizer
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, uncut."""
+        tokenizer = self.model.tokenizer
+        if isinstance(tokenizer, Tokenizer):  # a static embedding's
+            return len(tokenizer.encode(text).ids)
+        return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
     @cached_property
     def fingerprint(self) -> str:

@@ -217,6 +217,9 @@ class StubTeacher:
     def __init__(self, tokenizer: PreTrainedTokenizerFast | None = None):
         self.tokenizer = tokenizer
 
+    def count_tokens(self, text: str) -> int:
+        return len(self.tokenizer(text)["input_ids"])
+
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.name_or_path.encode()).hexdigest()
