@@ -423,7 +423,7 @@ def main(argv: list[str]) -> None:
             alignment_weight=training_args.alignment_weight or 1.0,
         )
         train_only(model.copy_path.token_values, model.copy_path.token_salience, of=model)
-        NativeRetrievalTrainer(model, stage, words).train()
+        NativeRetrievalTrainer(model, stage, words, stage="Stage a: words").train()
 
     # Single questions and sentences among the conversations: a vector may not drift off a text that stands alone.
     wanted = round(data_args.plain_text_share * sum(map(len, train_parts)))
@@ -441,6 +441,7 @@ def main(argv: list[str]) -> None:
         ConcatDataset(train_parts),
         dev_parts(modes_of) or None,
         facts=facts,
+        stage="Stage b: conversations",
         processing_class=model.tokenizer,
     )
     trainer.train(resume_from_checkpoint=resume or None)
@@ -455,7 +456,13 @@ def main(argv: list[str]) -> None:
             without_checks, num_train_epochs=data_args.probe_epochs, learning_rate=data_args.probe_learning_rate
         )
         trainer = NativeRetrievalTrainer(
-            model, stage, ConcatDataset(probe_parts), eval_dataset, facts=facts, processing_class=model.tokenizer
+            model,
+            stage,
+            ConcatDataset(probe_parts),
+            eval_dataset,
+            facts=facts,
+            stage="Stage c: the probe",
+            processing_class=model.tokenizer,
         )
         trainer.train()
         if eval_dataset is not None:

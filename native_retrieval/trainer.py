@@ -12,7 +12,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from huggingface_hub import CommitInfo
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -78,6 +78,25 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
             raise ValueError(f"hub_strategy={self.hub_strategy!r} would push checkpoints without a backbone; use 'end'")
 
 
+class StageProgress(ProgressCallback):
+    """transformers' progress bar with the stage's name, the loss and the speed on it; dev metrics on lines of their own."""
+
+    def __init__(self, stage: str):
+        super().__init__()
+        self.stage = stage
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.stage)
+            self.training_bar.unit = "step"
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or "loss" not in logs:
+            return super().on_log(args, state, control, logs, **kwargs)
+        self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {logs['queries_per_second']} queries/s")
+
+
 class NativeRetrievalTrainer(Trainer):
     """
     Trains a `NativeRetrievalModel`'s head by a weighted sum of alignment, contrastive and rank-distillation losses.
@@ -94,9 +113,12 @@ class NativeRetrievalTrainer(Trainer):
         train_dataset (`RetrievalExamples`, or a `ConcatDataset` of several)
         eval_dataset (`RetrievalExamples` or `dict[str, RetrievalExamples]`, *optional*): dev queries with documents.
         facts (`dict`, *optional*): what the model card says of data and recipe.
+        stage (`str`): what the progress bar calls this training.
     """
 
-    def __init__(self, model, args, train_dataset=None, eval_dataset=None, facts: dict | None = None, **kwargs):
+    def __init__(
+        self, model, args, train_dataset=None, eval_dataset=None, facts: dict | None = None, stage="Training", **kwargs
+    ):
         use_cache = model.backbone.config.use_cache
         super().__init__(
             model=model,
@@ -107,6 +129,9 @@ class NativeRetrievalTrainer(Trainer):
             compute_metrics=kwargs.pop("compute_metrics", self._retrieval_metrics),
             **kwargs,
         )
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(StageProgress(stage))
         # The Trainer switches the cache off; pushed like that, the model would generate without one.
         model.backbone.config.use_cache = use_cache
         model.config.text_config.use_cache = use_cache
