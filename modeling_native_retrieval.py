@@ -282,7 +282,7 @@ class CopyPath(nn.Module):
         """
         batch = len(states)
         states = self.norm(states)
-        queries = self.query(summary).view(batch, self.num_heads, -1)
+        queries = self.query(summary).view(batch, self.num_heads, -1).float()
         queries = torch.einsum("bnd,ndh->bnh", queries, self.key) * self.key.shape[1] ** -0.5
         scores = torch.einsum("bnh,bth->bnt", queries, states)
         bias = self.segment_bias(segments.clamp(max=self.NUM_SEGMENTS - 1)) + self.token_salience(input_ids)
@@ -293,7 +293,8 @@ class CopyPath(nn.Module):
         attributions = torch.einsum("n,bnt->bt", self.gain, weights)
         words = torch.einsum("bt,btd->bd", attributions, self.token_values(input_ids))
         mixed = torch.einsum("bnt,bth->bnh", weights, states).flatten(1)
-        return words + self.state_value(self.dropout(mixed)), attributions
+        mixed = self.dropout(mixed).to(self.state_value.weight.dtype)
+        return words + self.state_value(mixed), attributions
 
     def words(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """
@@ -471,8 +472,12 @@ class NativeRetrievalModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # A head is a few percent of the backbone: full precision costs nothing there, and keeps vectors comparable.
-    _keep_in_fp32_modules_strict = ["head", "copy_path", "probe"]
+    # The head's time is that of reading its weights, once, so its large maps take the backbone's precision. What the copy
+    # path adds up stays in full precision.
+    _keep_in_fp32_modules_strict = [
+        *(f"copy_path.{name}" for name in ("key", "segment_bias", "token_values", "token_salience", "gain")),
+        "probe.",
+    ]
 
     def __init__(self, config: NativeRetrievalConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
@@ -750,16 +755,15 @@ class NativeRetrievalModel(PreTrainedModel):
         if not readout_mask.any(1).all():
             raise ValueError("readout_mask leaves a row without a token to read; mark at least one in each")
 
-        dtype = self.head.linear_in.weight.dtype  # the head's own, often finer than the backbone's
         # The newest `width` tokens to read, in order, whichever side the padding is on.
         order = torch.where(readout_mask, torch.arange(input_ids.shape[1], device=input_ids.device), -1)
         order = order.topk(min(width, input_ids.shape[1]), dim=1).values.flip(1)
         read = hidden_states[torch.arange(len(order), device=order.device)[:, None], order.clamp(min=0)]
-        vectors, summary = self.head(read.to(dtype), order >= 0)
+        vectors, summary = self.head(read.to(self.head.linear_in.weight.dtype), order >= 0)
         if probe_states is not None:
             every = torch.ones(probe_states.shape[:2], dtype=torch.bool, device=probe_states.device)
-            more, asked = self.probe.head(probe_states.to(dtype), every)
-            vectors, summary = vectors + more, summary + self.probe.summary(asked)
+            more, asked = self.probe.head(probe_states.float(), every)
+            vectors, summary = vectors + more, summary + self.probe.summary(asked).to(summary.dtype)
 
         attributions = None
         if self.copy_path is not None:
@@ -768,11 +772,11 @@ class NativeRetrievalModel(PreTrainedModel):
             segments = special.flip(1).cumsum(1).flip(1)
             states = hidden_states[:, :, self.config.hidden_state_layers.index(self.config.copy_layer)]
             copied, attributions = self.copy_path(
-                summary, states.to(dtype), input_ids, real & ~special & ~first, segments
+                summary, states.float(), input_ids, real & ~special & ~first, segments
             )
             vectors = vectors + copied
         return NativeRetrievalOutput(
-            query_embeddings=F.normalize(vectors, dim=-1),
+            query_embeddings=F.normalize(vectors.float(), dim=-1),
             attributions=attributions,
             input_ids=input_ids,
             attention_mask=attention_mask,
