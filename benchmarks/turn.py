@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="directory or Hub id of a trained model")
     parser.add_argument("--index", required=True, help="index directory of its teacher")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="tokens of history")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds a length (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds a length (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--output", required=True, help="the JSON file to write; a figure goes into figures/ beside it")
     arguments = parser.parse_args()

@@ -159,6 +159,7 @@ class NativeRetrievalTrainer(Trainer):
     # -- the loss -----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs, share = self._without_repeats(inputs) if model.training else (inputs, 1.0)
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -167,7 +168,7 @@ class NativeRetrievalTrainer(Trainer):
             words_only=inputs["mode"] == "words",
             use_probe=inputs["mode"] == "probe",
         )
-        parts = self.loss_parts(outputs.query_embeddings, inputs)
+        parts = {name: share * part for name, part in self.loss_parts(outputs.query_embeddings, inputs).items()}
         loss = sum(getattr(self.args, f"{name}_weight") * part for name, part in parts.items())
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -186,7 +187,10 @@ class NativeRetrievalTrainer(Trainer):
         if self.args.alignment_weight:
             parts["alignment"] = alignment_loss(vectors, inputs["targets"])
         if self.args.contrastive_weight:
-            positives, ids = self._all_positives(inputs["positives"], inputs["positive_ids"][:, 0].contiguous())
+            positives, ids = inputs["positives"], inputs["positive_ids"][:, 0]
+            if "other_positives" in inputs:  # of the other devices
+                positives = torch.cat((positives, inputs["other_positives"]))
+                ids = torch.cat((ids, inputs["other_positive_ids"]))
             parts["contrastive"] = contrastive_loss(
                 vectors,
                 positives,
@@ -214,13 +218,26 @@ class NativeRetrievalTrainer(Trainer):
                     parts["rank"] = kl * rows.float().mean()
         return parts
 
-    def _all_positives(self, positives: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """This device's positives, then the other devices'."""
-        if self.accelerator.num_processes == 1 or not self.model.training:
-            return positives, ids
-        rank, own = self.accelerator.process_index, len(positives)
-        everyone = self.accelerator.gather(positives), self.accelerator.gather(ids)
-        return tuple(torch.roll(gathered, -rank * own, 0) for gathered in everyone)
+    def _without_repeats(self, inputs: dict) -> tuple[dict, float]:
+        """
+        On several devices: the batch with the other devices' positives, and without the rows that accelerate repeats so
+        that every device's last batch is full; and the factor that makes the devices' mean that of all real rows.
+        """
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if world == 1:
+            return inputs, 1.0
+        size, progress = len(inputs["input_ids"]), self.accelerator.gradient_state
+        total = world * size
+        if progress.end_of_dataloader and progress.remainder > 0:
+            total = progress.remainder
+        real = min(max(total - rank * size, 0), size)
+        positives = self.accelerator.gather(inputs["positives"])
+        ids = self.accelerator.gather(inputs["positive_ids"][:, 0].contiguous())
+        place = torch.arange(world * size, device=ids.device)
+        others = (place < total) & ((place < rank * size) | (place >= (rank + 1) * size))
+        # A device with repeats alone keeps one, which counts for nothing: it must take part in the step.
+        kept = {k: v[: max(real, 1)] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        return {**kept, "other_positives": positives[others], "other_positive_ids": ids[others]}, real * world / total
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._parts:

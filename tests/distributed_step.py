@@ -1,0 +1,74 @@
+"""One epoch without learning for each case: writes the steps' losses and gradients, averaged over the devices."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_native_retrieval import NativeRetrievalModel
+from native_retrieval.data import load_task
+from native_retrieval.examples import build_examples
+from native_retrieval.teacher import Teacher
+from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
+
+backbone_dir, teacher_dir, data, output, batch_size, cases = sys.argv[1:]
+
+
+class Recorder(NativeRetrievalTrainer):
+    """Keeps the loss and the gradients of every step, which the wrapped model has averaged over the devices."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        named = self.accelerator.unwrap_model(model).named_parameters()
+        gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
+        steps.append({"loss": self.accelerator.reduce(loss.detach(), "mean"), "gradients": gradients})
+        return loss
+
+
+steps: list[dict] = []
+torch.manual_seed(0)
+teacher = Teacher(teacher_dir)
+model = NativeRetrievalModel.from_backbone(
+    AutoModelForCausalLM.from_pretrained(backbone_dir),
+    teacher,
+    tokenizer=AutoTokenizer.from_pretrained(backbone_dir),
+    head_dim=32,
+    head_num_attention_heads=4,
+    head_dropout=0.0,
+    copy_num_heads=2,
+    max_query_tokens=8,
+)
+task = load_task(data, "train")
+folder, result = Path(output).parent, {}
+for name, (count, (alignment, contrastive, rank)) in json.loads(cases).items():
+    queries = task.queries.select(range(count))
+    examples = build_examples(
+        model, teacher, queries, task.corpus, "context", cache_dir=str(folder / "cache"), num_hard_negatives=2
+    )
+    examples.num_hard_negatives = examples.hard_negatives.shape[1]  # all of the pool: which are drawn must not differ
+    arguments = NativeRetrievalTrainingArguments(
+        output_dir=str(folder / "out"),
+        per_device_train_batch_size=int(batch_size),
+        num_train_epochs=1,
+        learning_rate=0.0,
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        alignment_weight=alignment,
+        contrastive_weight=contrastive,
+        rank_weight=rank,
+    )
+    steps.clear()
+    trainer = Recorder(model, arguments, examples)
+    trainer.train()
+    result[name] = list(steps)
+    main_process = trainer.is_world_process_zero()
+if main_process:
+    torch.save(result, output)
