@@ -21,6 +21,8 @@ class NativeRetrievalConfig(PreTrainedConfig):
             The configuration of the causal language model, any architecture that `AutoModelForCausalLM` knows.
         backbone_name_or_path, backbone_revision (`str`, *optional*):
             Where the backbone came from. Needed when `store_backbone=False`.
+        tokenizer_fingerprint (`str`, *optional*):
+            Tells whether tokenizer and chat template are those of the training; another one is warned of.
         store_backbone (`bool`, defaults to `True`):
             Whether `save_pretrained` writes the backbone's weights too. If not, it writes the head alone (a few MB) and
             `from_pretrained` fetches the backbone from `backbone_name_or_path` at `backbone_revision`.
@@ -71,6 +73,7 @@ class NativeRetrievalConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None
+    tokenizer_fingerprint: str | None = None
     store_backbone: bool = True
 
     embedding_dim: int = 384

@@ -9,6 +9,8 @@ The file reads in that order: messages to prompt, the two parts of the head, the
 """
 
 import copy
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,15 +29,18 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
+    __version__,
 )
 from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 try:  # from the Hub the two files form a package; in the repository they are plain modules
     from .configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
 except ImportError:
     from configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
+
+logger = logging.get_logger(__name__)
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = dict[str, Any]
@@ -340,6 +345,15 @@ def _linear_layers(backbone: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return [(name.replace(".", "-"), module) for name, module in layers if isinstance(module, (nn.Linear, Conv1D))]
 
 
+def _tokenizer_fingerprint(tokenizer) -> str:
+    """Tells another vocabulary, other special tokens and another chat template."""
+    spelt = tokenizer("The 3rd café opened in 1974;\n\tdef f(x): return x  # 東京", add_special_tokens=True)[
+        "input_ids"
+    ]
+    parts = [len(tokenizer), spelt, sorted(tokenizer.all_special_tokens), tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
 # The probe whose tokens are passing through the backbone in this very call. Not a state of any module: another thread
 # that generates with the same backbone sees None (peft's switch for its adapters is a state of the modules).
 _PASSING: ContextVar[Probe | None] = ContextVar("passing_probe", default=None)
@@ -610,6 +624,12 @@ class NativeRetrievalModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
         model._tokenizer_source = (str(pretrained_model_name_or_path), hub)
+        trained_with = model.config.transformers_version or __version__
+        if trained_with.split(".")[0] != __version__.split(".")[0]:
+            logger.warning_once(
+                f"This model was saved with transformers {trained_with}, and {__version__} is installed: check its results, "
+                "or install the version that it was saved with."
+            )
         if not model.config.store_backbone:
             hub = {k: hub[k] for k in ("token", "cache_dir", "local_files_only") if k in hub}
             source, revision = model.config.backbone_name_or_path, model.config.backbone_revision
@@ -661,6 +681,14 @@ class NativeRetrievalModel(PreTrainedModel):
     @tokenizer.setter
     def tokenizer(self, tokenizer) -> None:
         self._tokenizer = tokenizer
+        seen = _tokenizer_fingerprint(tokenizer)
+        if self.config.tokenizer_fingerprint is None:
+            self.config.tokenizer_fingerprint = seen
+        elif self.config.tokenizer_fingerprint != seen:
+            logger.warning_once(
+                "This tokenizer or its chat template is not the one that the query head was trained with: prompts come "
+                "out differently, and queries will find less. Use the tokenizer that was saved with the model."
+            )
         # Read once, and never per call: the ids that mark turns, those that end a written query, and their spellings.
         added = getattr(tokenizer, "added_tokens_decoder", {})
         markers = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)

@@ -171,9 +171,14 @@ class NativeRetrievalTrainer(Trainer):
         parts = {name: share * part for name, part in self.loss_parts(outputs.query_embeddings, inputs).items()}
         loss = sum(getattr(self.args, f"{name}_weight") * part for name, part in parts.items())
         if not torch.isfinite(loss):
+            seen = {name: str(part.item()) for name, part in parts.items()}
+            path = Path(self.args.output_dir, "batch-not-finite.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            batch = {"queries": inputs["index"].tolist(), "documents": inputs["positive_ids"][:, 0].tolist()}
+            path.write_text(json.dumps({"step": self.state.global_step, **seen, **batch}) + "\n")
             raise FloatingPointError(
-                f"the loss is {loss.item()} ({', '.join(f'{k} {v.item():.4g}' for k, v in parts.items())}) for the queries "
-                f"number {inputs['index'].tolist()}; lower the learning rate or raise the temperatures"
+                f"the loss is {loss.item()} ({', '.join(f'{k} {v}' for k, v in seen.items())}); the numbers of the batch's "
+                f"queries are in {path}; lower the learning rate or raise the temperatures"
             )
         if model.training:
             self._num_queries += len(inputs["input_ids"]) * self.args.world_size

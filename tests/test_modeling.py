@@ -1260,6 +1260,34 @@ def test_starting_leaves_the_given_backbone_as_it_was(
     assert torch.equal(backbone(ids).logits, wanted(ids).logits)
 
 
+@pytest.mark.parametrize("change", ["template", "vocabulary", "library", None])
+def test_another_tokenizer_template_or_library_is_warned_of_once(
+    change: str | None, make_model: Callable[..., NativeRetrievalModel], tmp_path: Path
+):
+    make_model().save_pretrained(tmp_path)
+    if change == "template":
+        template = (tmp_path / "chat_template.jinja").read_text()
+        (tmp_path / "chat_template.jinja").write_text(template.replace("<|im_start|>", "<|im_start|> "))
+    elif change == "vocabulary":
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        tokenizer.add_tokens(["1974"])
+        tokenizer.save_pretrained(tmp_path)
+    elif change == "library":
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_version": "4.40.0"}))
+    script = (
+        "import sys; from transformers import AutoModel\n"
+        "for _ in range(2):\n"
+        "    AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).embed_query('Who?')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [line for line in done.stderr.splitlines() if "was trained with" in line or "was saved with" in line]
+    assert len(said) == (0 if change is None else 1), done.stderr[-2000:]
+
+
 def test_auto_classes_know_the_saved_model(tiny_model: NativeRetrievalModel, tmp_path: Path):
     tiny_model.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).model_type == "native_retrieval"

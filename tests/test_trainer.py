@@ -201,8 +201,20 @@ def test_a_loss_that_is_not_finite_stops_training(tiny_model, examples, tmp_path
     trainer = NativeRetrievalTrainer(tiny_model, args)
     batch = collate([examples()[i] for i in range(4)])
     batch["targets"] = batch["targets"] * float("nan")
-    with pytest.raises(FloatingPointError, match="queries number"):
+    with pytest.raises(FloatingPointError, match="batch-not-finite.json"):
         trainer.compute_loss(tiny_model, batch)
+    kept = json.loads((tmp_path / "out" / "batch-not-finite.json").read_text())
+    assert kept["queries"] == [0, 1, 2, 3] and kept["alignment"] == "nan"
+
+
+def test_a_seed_determines_the_weights(make_model, examples, tmp_path):
+    trained = []
+    for run in ("one", "two"):
+        model = make_model()
+        args = arguments(tmp_path / run, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
+        NativeRetrievalTrainer(model, args, examples(num_hard_negatives=2)).train()
+        trained.append(head(model))
+    assert all(torch.equal(weight, trained[1][name]) for name, weight in trained[0].items())
 
 
 def test_hard_negatives_are_never_relevant(examples):
