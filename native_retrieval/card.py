@@ -147,7 +147,7 @@ def push_model(
         folder_path=folder,
         commit_message=commit_message,
         revision=revision,
-        ignore_patterns=["checkpoint-*", "*.bin", "_*"],
+        ignore_patterns=["checkpoint-*", "backbone/*", "*.bin", "_*"],
     )
     _note(folder, revision=commit.oid)
     card = write_model_card(folder, results)

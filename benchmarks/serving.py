@@ -1,0 +1,211 @@
+# Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
+"""
+Many users at once: one vLLM server that chats and returns the native query vector, against vLLM writing the query and a
+second server encoding it with the teacher. Needs vLLM, in an environment of its own: `make serve-test` makes it.
+
+    .venv-vllm/bin/python benchmarks/serving.py --model .cache/demo/model --queries data/handwritten/queries.jsonl \\
+        --output results/bench-serving.json
+
+First, 200 requests at once are answered with vectors that must agree with `embed_query` (cosine over 0.999); with --check,
+that is all. Then both ways answer the same retrieval turns (a conversation in, a query vector out) at each concurrency, the
+two-model way with plain vLLM, without our connector. Turns of one conversation share prefixes, which both ways may cache.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from openai import AsyncOpenAI
+
+from native_retrieval.integrations.vllm import backbone_of, serve_command
+from native_retrieval.loading import load_model
+
+NAME, PORT, TEACHER_PORT = "native-retrieval", 8021, 8022
+CHECKED, AT_ONCE, LEAST_COSINE = 200, 200, 0.999
+STARTS_WITHIN = 300  # seconds
+ONE, TWO = "one vLLM, native-context", "vLLM writes the query, a second server encodes it"
+
+
+@contextmanager
+def server(command: list[str], port: int):
+    """Runs a server while the block lasts, from when it answers."""
+    words = [*command, "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "2048"]
+    if not torch.cuda.is_available():
+        words.append("--enforce-eager")
+    with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+        try:
+            deadline = time.monotonic() + STARTS_WITHIN
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                    break
+                except OSError:
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        log.seek(0)
+                        raise RuntimeError(f"{' '.join(words[:4])} did not start:\n{log.read()[-3000:]}") from None
+                    time.sleep(1)
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def client(port: int) -> AsyncOpenAI:
+    return AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600, max_retries=0)
+
+
+async def native_turn(llm: AsyncOpenAI, messages: list[dict]) -> list[float]:
+    answer = await llm.chat.completions.create(
+        model=NAME,
+        messages=messages,
+        max_tokens=1,
+        extra_body={"kv_transfer_params": {"query_mode": "context"}},
+    )
+    parameters = answer.kv_transfer_params
+    if "query_vector" not in parameters:
+        raise RuntimeError(parameters["query_error"])
+    return parameters["query_vector"]
+
+
+async def two_model_turn(
+    llm: AsyncOpenAI, teacher: AsyncOpenAI, messages: list[dict], query_prompt: str
+) -> list[float]:
+    answer = await llm.chat.completions.create(
+        model=NAME,
+        messages=[*messages, {"role": "assistant", "content": query_prompt}],
+        max_tokens=32,
+        temperature=0,
+        stop=["\n"],
+        extra_body={"add_generation_prompt": False, "continue_final_message": True},
+    )
+    query = answer.choices[0].message.content.strip() or "."
+    return (await teacher.embeddings.create(model="teacher", input=query)).data[0].embedding
+
+
+async def run(turn, conversations: list, concurrency: int) -> tuple[list, np.ndarray, float]:
+    """Results, milliseconds of each turn, and seconds of all, with `concurrency` turns under way at any time."""
+    gate, milliseconds = asyncio.Semaphore(concurrency), np.zeros(len(conversations))
+
+    async def one(i: int, messages: list[dict]):
+        async with gate:
+            begin = time.perf_counter()
+            result = await turn(messages)
+            milliseconds[i] = 1000 * (time.perf_counter() - begin)
+            return result
+
+    begin = time.perf_counter()
+    results = await asyncio.gather(*(one(i, messages) for i, messages in enumerate(conversations)))
+    return results, milliseconds, time.perf_counter() - begin
+
+
+def check(model_dir: str, conversations: list) -> float:
+    """The lowest cosine between served vectors and `embed_query`'s."""
+    conversations = [conversations[i % len(conversations)] for i in range(CHECKED)]
+    llm = client(PORT)
+    vectors, _, _ = asyncio.run(run(lambda messages: native_turn(llm, messages), conversations, AT_ONCE))
+    wanted = load_model(model_dir).embed_query(conversations)
+    return float((torch.tensor(vectors) * wanted).sum(1).min())
+
+
+def measure(way: str, turn, parts: dict[int, list]) -> list[dict]:
+    rows = []
+    for concurrency, conversations in parts.items():
+        _, milliseconds, seconds = asyncio.run(run(turn(), conversations, concurrency))
+        p50, p95 = np.percentile(milliseconds, (50, 95))
+        row = {"way": way, "concurrency": concurrency, "turns_per_s": round(len(conversations) / seconds, 2)}
+        rows.append({**row, "p50_ms": round(p50, 1), "p95_ms": round(p95, 1)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for way, colour in ((ONE, "#0072B2"), (TWO, "#6E6E6E")):
+        points = [(row["concurrency"], row["turns_per_s"]) for row in rows if row["way"] == way]
+        axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=way)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({row["concurrency"] for row in rows}), sorted({row["concurrency"] for row in rows}))
+    axes.minorticks_off()
+    axes.set_ylim(0)
+    axes.set_xlabel("Turns under way at any time")
+    axes.set_title("Retrieval turns a second", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory of a trained model")
+    parser.add_argument("--queries", required=True, help="queries.jsonl with messages")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="(default: 1 8 32)")
+    parser.add_argument("--output", help="the JSON file to write; a figure goes into figures/ beside it")
+    parser.add_argument("--check", action="store_true", help="compare the vectors of 200 requests at once, and stop")
+    words = parser.parse_args()
+    if not words.check and not words.output:
+        parser.error("--output is missing; name a JSON file, or pass --check")
+    conversations = [json.loads(line)["messages"] for line in Path(words.queries).read_text().splitlines()]
+    levels = words.concurrency
+    warm, rest = conversations[: len(conversations) // 10], conversations[len(conversations) // 10 :]
+    share = len(rest) // len(levels)
+    parts = {level: rest[i * share : (i + 1) * share] for i, level in enumerate(levels)}
+
+    with server(serve_command(words.model, []), PORT):
+        cosine = check(words.model, conversations)
+        print(f"{CHECKED} requests at once: lowest cosine to embed_query {cosine:.5f}", flush=True)
+        if cosine < LEAST_COSINE:
+            sys.exit(f"serving.py: wanted at least {LEAST_COSINE}")
+        if words.check:
+            return
+    with server(serve_command(words.model, []), PORT):  # anew: nothing of the check is in its cache
+        asyncio.run(run(lambda messages: native_turn(client(PORT), messages), warm, 4))
+        rows = measure(ONE, lambda: lambda messages, llm=client(PORT): native_turn(llm, messages), parts)
+    backbone, config = backbone_of(words.model)
+    plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    encoder = [*plain, config.teacher_name_or_path, "--served-model-name", "teacher", "--runner", "pooling"]
+    with server([*plain, str(backbone), "--served-model-name", NAME], PORT), server(encoder, TEACHER_PORT):
+
+        def turn():
+            llm, teacher = client(PORT), client(TEACHER_PORT)
+            return lambda messages: two_model_turn(llm, teacher, messages, config.query_prompt)
+
+        asyncio.run(run(turn(), warm, 4))
+        rows += measure(TWO, turn, parts)
+    speed = {(row["way"], row["concurrency"]): row["turns_per_s"] for row in rows}
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "turns": share,
+        "cores": os.cpu_count(),
+        "lowest_cosine": round(cosine, 5),
+        "rows": rows,
+        "ratio": {str(level): round(speed[ONE, level] / speed[TWO, level], 2) for level in levels},
+    }
+    output = Path(words.output)
+    (output.parent / "figures").mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    draw(rows, output.parent / "figures" / f"{output.stem}.png")
+    print(f"Turns a second, ours over the pipeline's: {result['ratio']}")
+
+
+if __name__ == "__main__":
+    main()
