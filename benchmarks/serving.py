@@ -178,19 +178,24 @@ def main() -> None:
         if words.check:
             return
     with server(serve_command(words.model, []), PORT):  # anew: nothing of the check is in its cache
-        asyncio.run(run(lambda messages: native_turn(client(PORT), messages), warm, 4))
-        rows = measure(ONE, lambda: lambda messages, llm=client(PORT): native_turn(llm, messages), parts)
+
+        def native():
+            llm = client(PORT)
+            return lambda messages: native_turn(llm, messages)
+
+        asyncio.run(run(native(), warm, 4))
+        rows = measure(ONE, native, parts)
     backbone, config = backbone_of(words.model)
     plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     encoder = [*plain, config.teacher_name_or_path, "--served-model-name", "teacher", "--runner", "pooling"]
     with server([*plain, str(backbone), "--served-model-name", NAME], PORT), server(encoder, TEACHER_PORT):
 
-        def turn():
+        def two_model():
             llm, teacher = client(PORT), client(TEACHER_PORT)
             return lambda messages: two_model_turn(llm, teacher, messages, config.query_prompt)
 
-        asyncio.run(run(turn(), warm, 4))
-        rows += measure(TWO, turn, parts)
+        asyncio.run(run(two_model(), warm, 4))
+        rows += measure(TWO, two_model, parts)
     speed = {(row["way"], row["concurrency"]): row["turns_per_s"] for row in rows}
     result = {
         "command": " ".join(["python", *sys.argv]),

@@ -1,10 +1,12 @@
 """A trained model from its folder or the Hub, with one clear line for everything that can be wrong with it."""
 
+import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
+from configuration_native_retrieval import NativeRetrievalConfig
 from modeling_native_retrieval import NativeRetrievalModel
 
 
@@ -37,3 +39,20 @@ def load_model(name_or_path: str) -> NativeRetrievalModel:
             "teacher_fingerprint); train it with train.py"
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_head(folder: str | os.PathLike) -> NativeRetrievalModel:
+    """A saved model without its backbone, whose weights are not read: it takes hidden states, as in training."""
+    config = NativeRetrievalConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = NativeRetrievalModel(config)
+    state = {}
+    for path in Path(folder).glob("*.safetensors"):
+        with safe_open(path, "pt") as weights:
+            state |= {k: weights.get_tensor(k) for k in weights.keys() if not k.startswith("backbone.")}  # noqa: SIM118
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    if unexpected or any(not key.startswith("backbone.") for key in missing):
+        raise ValueError(f"{folder} holds the weights of another head; save the model again")
+    model._tokenizer_source = (str(folder), {})
+    model.tokenizer  # noqa: B018, read now, and not in the first request
+    return model.eval()

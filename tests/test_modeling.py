@@ -691,6 +691,20 @@ def test_large_maps_have_the_backbones_precision_and_vectors_agree(
         assert (cosines > 0.999).all(), (mode, cosines)
 
 
+def test_the_head_alone_takes_hidden_states(make_model: Callable[..., NativeRetrievalModel], tmp_path: Path):
+    from native_retrieval.loading import load_head
+
+    model = make_model()
+    take_steps(model, steps=1)
+    model.save_pretrained(tmp_path)
+    head = load_head(tmp_path)
+    assert all(p.is_meta for p in head.backbone.parameters()), "the backbone's weights were read"
+    for prompt in prompts_of(model):
+        ids = torch.tensor([prompt])
+        states = model.prefill(ids).hidden_states
+        assert torch.allclose(head(ids, hidden_states=states).query_embeddings, model(ids).query_embeddings, atol=1e-6)
+
+
 def keys_of(folder: Path) -> list[str]:
     with safe_open(folder / "model.safetensors", "pt") as file:
         return list(file.keys())

@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
     ExampleHiddenStatesConnector,
@@ -42,26 +41,11 @@ from vllm.logger import init_logger
 from configuration_native_retrieval import NativeRetrievalConfig
 from modeling_native_retrieval import NativeRetrievalModel
 
+from ..loading import load_head
+
 logger = init_logger(__name__)
 
 MODES = ("context", "generated")
-
-
-def load_head(folder: str | os.PathLike) -> NativeRetrievalModel:
-    """A saved model without its backbone, whose weights are not read: it takes hidden states, as in training."""
-    config = NativeRetrievalConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = NativeRetrievalModel(config)
-    state = {}
-    for path in Path(folder).glob("*.safetensors"):
-        with safe_open(path, "pt") as weights:
-            state |= {k: weights.get_tensor(k) for k in weights.keys() if not k.startswith("backbone.")}  # noqa: SIM118
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    if unexpected or any(not key.startswith("backbone.") for key in missing):
-        raise ValueError(f"{folder} holds the weights of another head; save the model again")
-    model._tokenizer_source = (str(folder), {})
-    model.tokenizer  # noqa: B018, read now, and not in the first request
-    return model.eval()
 
 
 @dataclass
