@@ -87,7 +87,7 @@ class Agent:
         vector = output.query_embeddings.float().cpu().numpy()
         embedded = time.perf_counter()
         scores, rows = self.index.search(vector, self.num_documents)
-        documents = [self.index.documents[int(row)] for row in rows[0] if row >= 0]
+        documents = [self.index.documents[row] for row in rows[0].tolist() if row != -1]
         searched = time.perf_counter()
         self.messages, self.cache = messages, output.past_key_values
         self.results = search_results(question, documents[: self.num_read])

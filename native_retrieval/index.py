@@ -88,7 +88,7 @@ class DocumentIndex:
         target = Path(output_dir)
         _check_target(target, overwrite)
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        _check_documents(documents, vectors)
+        check_documents(documents, vectors)
 
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
@@ -168,21 +168,7 @@ class DocumentIndex:
         Raises:
             ValueError: k below 1, another shape, or a vector that is zero or not finite.
         """
-        if k < 1:
-            raise ValueError(f"k is {k}, wanted at least 1; ask for the number of documents that you want back.")
-        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        if vectors.ndim != 2 or vectors.shape[1] != self.info["dimension"]:
-            raise ValueError(
-                f"Query vectors have shape {vectors.shape}, wanted (num_queries, {self.info['dimension']}); "
-                f"encode the queries with a model of this index's teacher, {self.info['teacher_name']!r}."
-            )
-        norms = np.linalg.norm(vectors, axis=1)
-        bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
-        if bad.size:
-            raise ValueError(
-                f"Query vector {bad[0]} has norm {norms[bad[0]]}, wanted a finite one above 0; "
-                "check that this query has text and that the model was trained."
-            )
+        vectors = check_query_vectors(vectors, k, self.info)
         if len(vectors) == 0:
             empty = (0, min(k, len(self)))
             return np.empty(empty, dtype=np.float32), np.empty(empty, dtype=np.int64)
@@ -229,7 +215,28 @@ def _check_target(target: Path, overwrite: bool) -> None:
         )
 
 
-def _check_documents(documents: datasets.Dataset, vectors: np.ndarray) -> None:
+def check_query_vectors(vectors: np.ndarray, k: int, info: dict[str, Any]) -> np.ndarray:
+    """The vectors as a float32 array; raises `ValueError` if they, or k, cannot be searched with in this index."""
+    if k < 1:
+        raise ValueError(f"k is {k}, wanted at least 1; ask for the number of documents that you want back.")
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    if vectors.ndim != 2 or vectors.shape[1] != info["dimension"]:
+        raise ValueError(
+            f"Query vectors have shape {vectors.shape}, wanted (num_queries, {info['dimension']}); "
+            f"encode the queries with a model of this index's teacher, {info['teacher_name']!r}."
+        )
+    norms = np.linalg.norm(vectors, axis=1)
+    bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+    if bad.size:
+        raise ValueError(
+            f"Query vector {bad[0]} has norm {norms[bad[0]]}, wanted a finite one above 0; "
+            "check that this query has text and that the model was trained."
+        )
+    return vectors
+
+
+def check_documents(documents: datasets.Dataset, vectors: np.ndarray) -> None:
+    """Raises `ValueError`, naming the document, unless these are documents with a unit vector each."""
     missing = [column for column in REQUIRED_COLUMNS if column not in documents.column_names]
     if missing:
         raise ValueError(
