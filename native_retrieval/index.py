@@ -176,17 +176,19 @@ class DocumentIndex:
 
     def check_model(self, config: Any) -> None:
         """Raises `IndexMismatchError` unless a model with this `NativeRetrievalConfig` may search this index."""
-        check_teacher(
-            self.info["teacher_fingerprint"],
-            self.info["teacher_name"],
-            config.teacher_fingerprint,
-            config.teacher_name_or_path,
+        check_model(self.info, config)
+
+
+def check_model(info: dict[str, Any], config: Any) -> None:
+    """Raises `IndexMismatchError` unless a model with this `NativeRetrievalConfig` may search an index with this `info`."""
+    check_teacher(
+        info["teacher_fingerprint"], info["teacher_name"], config.teacher_fingerprint, config.teacher_name_or_path
+    )
+    if config.embedding_dim != info["dimension"]:
+        raise IndexMismatchError(
+            f"The model's embedding_dim is {config.embedding_dim}, wanted the index's {info['dimension']}; "
+            "take the model that was trained towards this index's teacher."
         )
-        if config.embedding_dim != self.info["dimension"]:
-            raise IndexMismatchError(
-                f"The model's embedding_dim is {config.embedding_dim}, wanted the index's {self.info['dimension']}; "
-                "take the model that was trained towards this index's teacher."
-            )
 
 
 def check_teacher(index_fingerprint: str, index_teacher: str, model_fingerprint: str, model_teacher: str) -> None:

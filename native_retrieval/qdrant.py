@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 from qdrant_client import QdrantClient, models
 
-from .index import IndexMismatchError, check_documents, check_query_vectors, check_teacher
+from .index import IndexMismatchError, check_documents, check_model, check_query_vectors
 
 FORMAT_VERSION = 1
 RETRIES = 5
@@ -171,9 +171,4 @@ class QdrantIndex:
 
     def check_model(self, config: Any) -> None:
         """Raises `IndexMismatchError` unless a model with this `NativeRetrievalConfig` may search this index."""
-        check_teacher(
-            self.info["teacher_fingerprint"],
-            self.info["teacher_name"],
-            config.teacher_fingerprint,
-            config.teacher_name_or_path,
-        )
+        check_model(self.info, config)

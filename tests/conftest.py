@@ -206,6 +206,19 @@ def teacher_dir(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytes
     return folder
 
 
+@pytest.fixture(scope="session")
+def make_taught_model(make_model: Callable[..., NativeRetrievalModel], teacher_dir: Path):
+    """`make_taught_model(**config_fields)`: (tiny untrained model that knows its teacher, the teacher of `teacher_dir`)."""
+    from native_retrieval.teacher import Teacher
+
+    def make(**fields):
+        teacher = Teacher(str(teacher_dir))
+        names = {"teacher_name_or_path": str(teacher_dir), "teacher_fingerprint": teacher.fingerprint}
+        return make_model(teacher=teacher, **names, **fields), teacher
+
+    return make
+
+
 class StubTeacher:
     """The interface of `native_retrieval.teacher.Teacher`: a text's vector is the sum of fixed vectors of its words."""
 

@@ -10,7 +10,6 @@ from conftest import PLACES, REPOSITORY
 from native_retrieval.agent import Agent, search_results
 from native_retrieval.data import load_corpus
 from native_retrieval.index import DocumentIndex
-from native_retrieval.teacher import Teacher
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
@@ -19,14 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio")
 
 
 @pytest.fixture(scope="module")
-def parts(make_model, teacher_dir, beir_data, tmp_path_factory):
-    teacher = Teacher(str(teacher_dir))
-    model = make_model(
-        teacher=teacher,
-        teacher_name_or_path=str(teacher_dir),
-        teacher_fingerprint=teacher.fingerprint,
-        max_prompt_tokens=300,
-    )
+def parts(make_taught_model, beir_data, tmp_path_factory):
+    model, teacher = make_taught_model(max_prompt_tokens=300)
     corpus = load_corpus(beir_data)
     folder = tmp_path_factory.mktemp("index") / "index"
     index = DocumentIndex.build(corpus, teacher.documents(corpus), teacher.fingerprint, "tiny-teacher", folder)

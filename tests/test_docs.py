@@ -14,7 +14,6 @@ from test_synthesis import make_corpus
 
 from native_retrieval.data import load_corpus
 from native_retrieval.index import DocumentIndex
-from native_retrieval.teacher import Teacher
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
 LANGUAGES = ("python", "bash", "text")
@@ -32,7 +31,7 @@ def commands(block: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def small_world(tmp_path_factory, make_model, backbone_dir, teacher_dir):
+def small_world(tmp_path_factory, make_taught_model, backbone_dir, teacher_dir):
     """A folder as the pages assume it, and the names in them that stand for something smaller here."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("train.py", "eval.py", "configs", "examples", "benchmarks", "data"):
@@ -40,13 +39,7 @@ def small_world(tmp_path_factory, make_model, backbone_dir, teacher_dir):
     write_beir_folder(folder / "my_data")
     with (folder / "my_data" / "corpus.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in make_corpus() if row["text"])
-    teacher = Teacher(str(teacher_dir))
-    model = make_model(
-        teacher=teacher,
-        teacher_name_or_path=str(teacher_dir),
-        teacher_fingerprint=teacher.fingerprint,
-        max_prompt_tokens=300,
-    )
+    model, teacher = make_taught_model(max_prompt_tokens=300)
     corpus = load_corpus(folder / "my_data")
     vectors = teacher.documents(corpus)
     for model_dir in (".cache/demo/model", "outputs/mine", "outputs/best", "outputs/paper"):

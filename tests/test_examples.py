@@ -8,14 +8,12 @@ from conftest import REPOSITORY
 
 from native_retrieval.data import load_corpus
 from native_retrieval.index import DocumentIndex
-from native_retrieval.teacher import Teacher
 
 
 @pytest.fixture(scope="module")
-def made(make_model, teacher_dir, beir_data, tmp_path_factory) -> list[str]:
+def made(make_taught_model, beir_data, tmp_path_factory) -> list[str]:
     """A model's folder and its index's."""
-    folder, teacher = tmp_path_factory.mktemp("made"), Teacher(str(teacher_dir))
-    model = make_model(teacher=teacher, teacher_name_or_path=str(teacher_dir), teacher_fingerprint=teacher.fingerprint)
+    folder, (model, teacher) = tmp_path_factory.mktemp("made"), make_taught_model()
     model.save_pretrained(folder / "model")
     corpus = load_corpus(beir_data)
     DocumentIndex.build(corpus, teacher.documents(corpus), teacher.fingerprint, "tiny-teacher", folder / "index")

@@ -24,11 +24,8 @@ QUESTIONS = ["Who founded Belford Museum?", "What is the Carrow Railway known fo
 
 
 @pytest.fixture(scope="module")
-def model(make_model, teacher_dir) -> NativeRetrievalModel:
-    teacher = Teacher(str(teacher_dir))
-    return make_model(
-        teacher=teacher, teacher_name_or_path=str(teacher_dir), teacher_fingerprint=teacher.fingerprint
-    ).eval()
+def model(make_taught_model) -> NativeRetrievalModel:
+    return make_taught_model()[0]
 
 
 @pytest.fixture(scope="module")
