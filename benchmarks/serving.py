@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,13 +37,14 @@ from native_retrieval.loading import load_model
 NAME, PORT, TEACHER_PORT = "native-retrieval", 8021, 8022
 CHECKED, AT_ONCE, LEAST_COSINE = 200, 200, 0.999
 STARTS_WITHIN = 300  # seconds
+LONGEST = ["--max-model-len", "2048"]
 ONE, TWO = "one vLLM, native-context", "vLLM writes the query, a second server encodes it"
 
 
 @contextmanager
 def server(command: list[str], port: int):
     """Runs a server while the block lasts, from when it answers."""
-    words = [*command, "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "2048"]
+    words = [*command, "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
     if not torch.cuda.is_available():
         words.append("--enforce-eager")
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
@@ -60,11 +62,12 @@ def server(command: list[str], port: int):
                     time.sleep(1)
             yield
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                os.killpg(process.pid, signal.SIGTERM)
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def client(port: int) -> AsyncOpenAI:
@@ -99,38 +102,43 @@ async def two_model_turn(
     return (await teacher.embeddings.create(model="teacher", input=query)).data[0].embedding
 
 
-async def run(turn, conversations: list, concurrency: int) -> tuple[list, np.ndarray, float]:
+async def drive(turn, ports: list[int], conversations: list, concurrency: int) -> tuple[list, np.ndarray, float]:
     """Results, milliseconds of each turn, and seconds of all, with `concurrency` turns under way at any time."""
     gate, milliseconds = asyncio.Semaphore(concurrency), np.zeros(len(conversations))
+    clients = [client(port) for port in ports]
 
     async def one(i: int, messages: list[dict]):
         async with gate:
             begin = time.perf_counter()
-            result = await turn(messages)
+            result = await turn(*clients, messages)
             milliseconds[i] = 1000 * (time.perf_counter() - begin)
             return result
 
     begin = time.perf_counter()
-    results = await asyncio.gather(*(one(i, messages) for i, messages in enumerate(conversations)))
-    return results, milliseconds, time.perf_counter() - begin
+    try:
+        results = await asyncio.gather(*(one(i, messages) for i, messages in enumerate(conversations)))
+        return results, milliseconds, time.perf_counter() - begin
+    finally:
+        for each in clients:
+            await each.close()
 
 
 def check(model_dir: str, conversations: list) -> float:
     """The lowest cosine between served vectors and `embed_query`'s."""
     conversations = [conversations[i % len(conversations)] for i in range(CHECKED)]
-    llm = client(PORT)
-    vectors, _, _ = asyncio.run(run(lambda messages: native_turn(llm, messages), conversations, AT_ONCE))
+    vectors, _, _ = asyncio.run(drive(native_turn, [PORT], conversations, AT_ONCE))
     wanted = load_model(model_dir).embed_query(conversations)
     return float((torch.tensor(vectors) * wanted).sum(1).min())
 
 
-def measure(way: str, turn, parts: dict[int, list]) -> list[dict]:
+def measure(way: str, turn, ports: list[int], warm: list, parts: dict[int, list]) -> list[dict]:
+    asyncio.run(drive(turn, ports, warm, 4))
     rows = []
     for concurrency, conversations in parts.items():
-        _, milliseconds, seconds = asyncio.run(run(turn(), conversations, concurrency))
+        _, milliseconds, seconds = asyncio.run(drive(turn, ports, conversations, concurrency))
         p50, p95 = np.percentile(milliseconds, (50, 95))
         row = {"way": way, "concurrency": concurrency, "turns_per_s": round(len(conversations) / seconds, 2)}
-        rows.append({**row, "p50_ms": round(p50, 1), "p95_ms": round(p95, 1)})
+        rows.append({**row, "p50_ms": round(float(p50), 1), "p95_ms": round(float(p95), 1)})
         print(rows[-1], flush=True)
     return rows
 
@@ -170,32 +178,21 @@ def main() -> None:
     share = len(rest) // len(levels)
     parts = {level: rest[i * share : (i + 1) * share] for i, level in enumerate(levels)}
 
-    with server(serve_command(words.model, []), PORT):
+    with server(serve_command(words.model, LONGEST), PORT):
         cosine = check(words.model, conversations)
         print(f"{CHECKED} requests at once: lowest cosine to embed_query {cosine:.5f}", flush=True)
         if cosine < LEAST_COSINE:
             sys.exit(f"serving.py: wanted at least {LEAST_COSINE}")
         if words.check:
             return
-    with server(serve_command(words.model, []), PORT):  # anew: nothing of the check is in its cache
-
-        def native():
-            llm = client(PORT)
-            return lambda messages: native_turn(llm, messages)
-
-        asyncio.run(run(native(), warm, 4))
-        rows = measure(ONE, native, parts)
+    with server(serve_command(words.model, LONGEST), PORT):  # anew: nothing of the check is in its cache
+        rows = measure(ONE, native_turn, [PORT], warm, parts)
     backbone, config = backbone_of(words.model)
     plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     encoder = [*plain, config.teacher_name_or_path, "--served-model-name", "teacher", "--runner", "pooling"]
-    with server([*plain, str(backbone), "--served-model-name", NAME], PORT), server(encoder, TEACHER_PORT):
-
-        def two_model():
-            llm, teacher = client(PORT), client(TEACHER_PORT)
-            return lambda messages: two_model_turn(llm, teacher, messages, config.query_prompt)
-
-        asyncio.run(run(two_model(), warm, 4))
-        rows += measure(TWO, two_model, parts)
+    with server([*plain, backbone, "--served-model-name", NAME, *LONGEST], PORT), server(encoder, TEACHER_PORT):
+        turn = partial(two_model_turn, query_prompt=config.query_prompt)
+        rows += measure(TWO, turn, [PORT, TEACHER_PORT], warm, parts)
     speed = {(row["way"], row["concurrency"]): row["turns_per_s"] for row in rows}
     result = {
         "command": " ".join(["python", *sys.argv]),
