@@ -18,7 +18,7 @@ from native_retrieval.index import DocumentIndex
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
 LANGUAGES = ("python", "bash", "text")
 # Run by continuous integration as it stands (`make demo` as `make smoke`), or needing what no test has.
-ELSEWHERE = ("make ", "python benchmarks/", "pip install", "git clone", "cd ")
+ELSEWHERE = ("make ", "source ", "python benchmarks/", "pip install", "git clone", "cd ")
 
 
 def blocks(page: str) -> list:
