@@ -310,7 +310,10 @@ class NativeRetrievalTrainer(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             state = self.accelerator.unwrap_model(self.model).state_dict()
             state = {k: v.contiguous() for k, v in state.items() if not k.startswith("backbone.")}
-            safetensors.torch.save_file(state, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+            try:
+                safetensors.torch.save_file(state, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+            except safetensors.SafetensorError as error:  # a full disk comes as this
+                raise OSError(f"the checkpoint {folder} could not be written ({error}); --resume goes on") from error
 
     def push_to_hub(
         self,

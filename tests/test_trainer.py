@@ -196,6 +196,17 @@ def test_a_checkpoint_of_another_head_is_refused(tiny_model, examples, tmp_path)
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_a_full_disk_is_one_line(tiny_model, examples, tmp_path, monkeypatch):
+    import safetensors
+
+    def full(*args, **kwargs):
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="could not be written.*No space left on device.*--resume"):
+        NativeRetrievalTrainer(tiny_model, arguments(tmp_path), examples(), examples("dev")).train()
+
+
 def test_a_loss_that_is_not_finite_stops_training(tiny_model, examples, tmp_path):
     args = arguments(tmp_path, eval_strategy="no", load_best_model_at_end=False)
     trainer = NativeRetrievalTrainer(tiny_model, args)
