@@ -295,6 +295,13 @@ def train_only(*parts, of) -> None:
             part.requires_grad_(True)
 
 
+def last_whole_checkpoint(output_dir: Path) -> str | None:
+    """The newest checkpoint that was written to its end; one that a stopped run has left half done is passed over."""
+    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [str(path) for path in checkpoints if (path / "trainer_state.json").is_file()]  # which comes last
+    return whole[-1] if whole else None
+
+
 def without_tokens(words: list[str]) -> str:
     """A command as it may be published: what follows `--..._token` is left out."""
     kept = [
@@ -325,7 +332,6 @@ def main(argv: list[str]) -> None:
 
     import datasets
     from torch.utils.data import ConcatDataset
-    from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils import logging
 
     from configuration_native_retrieval import QUERY_MODES
@@ -403,7 +409,7 @@ def main(argv: list[str]) -> None:
         "command": without_tokens(["train.py", *argv]),
     }
     output_dir = Path(training_args.output_dir)
-    resume = run_args.resume and output_dir.is_dir() and get_last_checkpoint(str(output_dir)) is not None
+    resume = last_whole_checkpoint(output_dir) if run_args.resume else None
 
     # The other stages are short: no checkpoints, and no dev metrics before they end.
     without_checks = dataclasses.replace(
@@ -444,7 +450,7 @@ def main(argv: list[str]) -> None:
         stage="Stage b: conversations",
         processing_class=model.tokenizer,
     )
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=resume)
     if trainer.eval_dataset is not None:
         trainer.log_metrics("dev", trainer.evaluate())
 

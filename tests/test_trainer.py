@@ -196,6 +196,17 @@ def test_a_checkpoint_of_another_head_is_refused(tiny_model, examples, tmp_path)
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path):
+    assert train.last_whole_checkpoint(tmp_path / "nothing") is None
+    for step, whole in ((9, True), (10, True), (100, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("")
+        if whole:
+            (folder / "trainer_state.json").write_text("{}")
+    assert train.last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
 def test_a_full_disk_is_one_line(tiny_model, examples, tmp_path, monkeypatch):
     import safetensors
 
