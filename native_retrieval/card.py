@@ -147,7 +147,8 @@ def push_model(
         folder_path=folder,
         commit_message=commit_message,
         revision=revision,
-        ignore_patterns=["checkpoint-*", "backbone/*", "*.bin", "_*"],
+        # training.json names folders of this disk; the card has what others need of it.
+        ignore_patterns=["checkpoint-*", "backbone/*", "*.bin", "training.json", "_*"],
     )
     _note(folder, revision=commit.oid)
     card = write_model_card(folder, results)

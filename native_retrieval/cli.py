@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Collection, Mapping
 from typing import NoReturn
 
@@ -45,17 +45,11 @@ class Parser(HfArgumentParser):
 
     def __init__(self, dataclasses, groups: Mapping[str, Collection[str]], **kwargs):
         super().__init__(dataclasses, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+        # Help prints the actions of groups; what is in none, such as each flag's --no_ form, still works.
         actions = {action.dest: action for action in self._actions if not action.option_strings[0].startswith("--no_")}
-        for action in self._optionals._group_actions:
-            if action.dest != "help":
-                action.help = SUPPRESS if action is not actions.get(action.dest) else action.help
-        listed = {name for names in groups.values() for name in names}
         self._optionals._group_actions = [action for action in self._optionals._group_actions if action.dest == "help"]
         for title, names in groups.items():
             self.add_argument_group(title)._group_actions.extend(actions[name] for name in names)
-        for name, action in actions.items():
-            if name not in listed and name != "help":
-                action.help = SUPPRESS
 
     def error(self, message: str) -> NoReturn:  # argparse would print the whole usage first
         raise ValueError(message)

@@ -86,7 +86,7 @@ def test_everything_is_pushed_and_the_card_pins_it(trained):
         "tokenizer.json",
         "figures/training.png",
     } <= set(files)
-    assert not [name for name in files if name.endswith(".bin") or "checkpoint" in name]
+    assert not [name for name in files if name.endswith((".bin", "training.json")) or "checkpoint" in name]
     card = files["README.md"].decode()
     assert f'"{pinned}"' in card and "code_revision=revision" in card
     assert hub.metadata_problems == []
