@@ -89,7 +89,7 @@ class EvalArguments:
     teacher: str | None = field(
         default=None, metadata={"help": "Embedding model of the index, by name or path; the model's own if absent."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Prompts in one pass of the backbone."})
+    batch_size: int = field(default=32, metadata={"help": "Prompts after which the backbone writes at once."})
     latency_queries: int = field(
         default=30, metadata={"help": "Queries to time, evenly spaced over the split; 0 times none."}
     )
@@ -271,7 +271,7 @@ def evaluate(arguments: EvalArguments, command: str) -> dict[str, Any]:
     result["environment"]["device"] = _device_name(model)
     result["environment"]["dtype"] = str(model.backbone.dtype).removeprefix("torch.")
     if arguments.save_queries:
-        result["methods"]["generate-then-encode"]["queries"] = comparison.backbone_pass.queries
+        result["methods"]["generate-then-encode"]["queries"] = comparison.written.queries
     if arguments.report:
         from native_retrieval.failures import write_failure_report
 

@@ -968,7 +968,7 @@ class NativeRetrievalModel(PreTrainedModel):
         queries: str | Conversation | list[str] | list[Conversation] | torch.LongTensor,
         *,
         mode: str | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         past_key_values: QueryCache | None = None,
         return_cache: bool = False,
         return_attributions: bool = False,
@@ -980,7 +980,7 @@ class NativeRetrievalModel(PreTrainedModel):
             queries: a question, a list of questions, a conversation (a list of messages `{"role", "content"}`, ending
                 on any role), a list of conversations, or token ids `(batch, tokens)` as `generate` returned them.
             mode (`"context"`, `"generated"` or `"probe"`, *optional*): defaults to `config.query_mode`.
-            batch_size (`int`): prompts in one pass; they are sorted by length, so that little of it is padding.
+            batch_size (`int`, *optional*): prompts in one pass; see [`embed_prompts`].
             past_key_values (`QueryCache`, *optional*): from an earlier call with `return_cache=True`: what it shares with
                 these prompts, the tokens generated since included, does not pass again. It is cut to what is shared.
             return_cache (`bool`): also return the prompts' KV cache, token ids and mask, for `generate` and for the next
@@ -994,8 +994,6 @@ class NativeRetrievalModel(PreTrainedModel):
             `ValueError`: for malformed input, naming it.
         """
         mode = self._check_mode(mode)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
         if isinstance(queries, torch.Tensor):
             if queries.ndim != 2 or queries.is_floating_point():
                 raise ValueError(f"queries {tuple(queries.shape)} {queries.dtype}; token ids must be (batch, tokens)")
@@ -1014,6 +1012,27 @@ class NativeRetrievalModel(PreTrainedModel):
                 output.past_key_values = prefill.past_key_values
                 output.input_ids, output.attention_mask = prefill.input_ids, prefill.attention_mask
             return output if return_cache or return_attributions else output.query_embeddings.float().cpu()
+        return self.embed_prompts(prompts, mode=mode, batch_size=batch_size)
+
+    def embed_prompts(
+        self, prompts: list[list[int]], *, mode: str | None = None, batch_size: int | None = None
+    ) -> torch.FloatTensor:
+        """
+        Prompts, as [`build_prompt`] makes them, to query vectors `(prompts, embedding_dim)`, L2-normalised, on the CPU.
+
+        Args:
+            batch_size (`int`, *optional*): prompts in one pass, sorted by length, so that little of it is padding. By
+                default 32 on an accelerator. On a CPU it is 1: larger passes gain little there, and in bfloat16 a prompt's
+                vector would depend on the others beside it (cosines of 0.9999).
+
+        Raises:
+            `ValueError`: for a batch size below 1, or a mode that the model lacks.
+        """
+        mode = self._check_mode(mode)
+        if batch_size is None:
+            batch_size = 1 if self.backbone.device.type == "cpu" else 32
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         vectors = torch.empty(len(prompts), self.config.embedding_dim)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for begin in range(0, len(order), batch_size):

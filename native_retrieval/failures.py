@@ -195,7 +195,7 @@ def _one_failure(
     for name in (method, BASELINE):
         run = runs[name][query["_id"]]
         rank = result["methods"][name]["ranks"][row]
-        wrote = f", which wrote “{_short(comparison.backbone_pass.queries[row])}”" if name == BASELINE else ""
+        wrote = f", which wrote “{_short(comparison.written.queries[row])}”" if name == BASELINE else ""
         lines.append(f"- {name}{wrote}: rank {rank or 'past 1,000'}; first: “{documents[max(run, key=run.get)]}”")
     return [*lines, ""]
 

@@ -100,7 +100,7 @@ class GenerateThenEncode(TeacherOnText):
 
     @cached_property
     def texts(self) -> list[str]:
-        return [self.text(i, written) for i, written in enumerate(self.comparison.backbone_pass.queries)]
+        return [self.text(i, written) for i, written in enumerate(self.comparison.written.queries)]
 
     def query(self, i: int, prefill: "Prefill") -> np.ndarray:
         _, written = self.comparison.model.write_queries(prefill)
@@ -163,8 +163,11 @@ class NativeGenerated(Method):
     writes_query = True
     mode = "generated"
 
+    def vectors(self) -> np.ndarray:
+        return self.comparison.written.vectors
+
     def run(self) -> "Run":
-        return self.comparison.search(self.comparison.backbone_pass.vectors[self.mode])
+        return self.comparison.search(self.vectors())
 
     def query(self, i: int, prefill: "Prefill") -> np.ndarray:
         return self.comparison.model.embed_prefilled(prefill, self.mode).query_embeddings[0].float().cpu().numpy()
@@ -175,6 +178,16 @@ class NativeContext(NativeGenerated):
 
     writes_query = False
     mode = "context"
+
+    def vectors(self) -> np.ndarray:
+        """Those that a caller of `embed_query` gets, to the last bit."""
+        prompts, batches = self.comparison.prompts, self.comparison.batches()
+        vectors = np.empty((len(prompts), self.comparison.model.config.embedding_dim), np.float32)
+        with tqdm(total=len(prompts), desc=f"{self.name}: the backbone reads", unit="query") as bar:
+            for rows in batches:
+                vectors[rows] = self.comparison.model.embed_prompts([prompts[i] for i in rows], mode=self.mode).numpy()
+                bar.update(len(rows))
+        return vectors
 
 
 class NativeProbe(NativeContext):
@@ -202,18 +215,17 @@ METHODS = tuple(PIPELINES)
 
 
 @dataclass(frozen=True)
-class BackbonePass:
-    """What one pass of the backbone over all queries leaves."""
+class Written:
+    """What the backbone wrote after each prompt, and the vectors that the head reads from that."""
 
-    vectors: dict[str, np.ndarray]  # by mode, float32 (queries, embedding_dim)
-    queries: list[str]  # as the backbone wrote them; empty if no method has it write
+    queries: list[str]
+    vectors: np.ndarray  # float32 (queries, embedding_dim)
 
 
 class Comparison:
     """
-    Methods over the same queries and the same index. Whatever several methods need is computed once: one prefill serves
-    all native modes, and one written query serves generate-then-encode, its variant with the question, and
-    native-generated.
+    Methods over the same queries and the same index. Whatever several methods need is computed once: one written query
+    serves generate-then-encode, its variant with the question, and native-generated.
 
     Args:
         model (`NativeRetrievalModel`): in eval mode, on its device.
@@ -221,7 +233,7 @@ class Comparison:
         index (`DocumentIndex`): the documents.
         queries (`Dataset`): columns `_id`, `messages`, `rewrite`, as `data.load_task` gives them.
         methods: names, of `METHODS`.
-        batch_size: prompts in one pass of the backbone.
+        batch_size: prompts after which the backbone writes at once.
 
     Raises:
         `ValueError`: for a conversation that no prompt can be made of, naming the query.
@@ -287,29 +299,24 @@ class Comparison:
         prefill.hidden_states[0, -1, 0, 0].item()  # waits for the GPU
         return prefill
 
-    @cached_property
-    def backbone_pass(self) -> BackbonePass:
-        writes = any(method.writes_query for method in self.methods.values())
-        shape = (len(self.prompts), self.model.config.embedding_dim)
-        modes = {"context", *(["generated"] if writes else [])}
-        modes |= {method.mode for method in self.methods.values() if isinstance(method, NativeGenerated)}
-        vectors = {mode: np.empty(shape, np.float32) for mode in sorted(modes)}
-        written = [""] * len(self.prompts) if writes else []
-        # The batches of `model.embed_query`, so that the vectors are the ones that it gives.
+    def batches(self) -> list[list[int]]:
+        """The queries in batches of prompts of like length."""
         order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
-        use_cache = modes != {"context"}
-        doing = "Backbone: prefill, write queries" if writes else "Backbone: prefill"
-        with tqdm(total=len(order), desc=doing, unit="query") as bar:
-            for begin in range(0, len(order), self.batch_size):
-                rows = order[begin : begin + self.batch_size]
-                prefill = self.model.prefill(*self.model.pad([self.prompts[i] for i in rows]), use_cache=use_cache)
-                for mode, its_vectors in vectors.items():
-                    output = self.model.embed_prefilled(prefill, mode)
-                    its_vectors[rows] = output.query_embeddings.float().cpu().numpy()
-                    for i, tokens in zip(rows, output.query_ids or (), strict=False):
-                        written[i] = self.read_query(i, tokens)
+        return [order[begin : begin + self.batch_size] for begin in range(0, len(order), self.batch_size)]
+
+    @cached_property
+    def written(self) -> Written:
+        vectors = np.empty((len(self.prompts), self.model.config.embedding_dim), np.float32)
+        queries = [""] * len(self.prompts)
+        with tqdm(total=len(self.prompts), desc="The backbone writes queries", unit="query") as bar:
+            for rows in self.batches():
+                prefill = self.model.prefill(*self.model.pad([self.prompts[i] for i in rows]))
+                output = self.model.embed_prefilled(prefill, "generated")
+                vectors[rows] = output.query_embeddings.float().cpu().numpy()
+                for i, tokens in zip(rows, output.query_ids, strict=True):
+                    queries[i] = self.read_query(i, tokens)
                 bar.update(len(rows))
-        return BackbonePass(vectors, written)
+        return Written(queries, vectors)
 
     def read_query(self, i: int, tokens: list[int]) -> str:
         """The text of a written query, without quotes around it; of an empty one, the last question."""

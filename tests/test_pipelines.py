@@ -52,9 +52,10 @@ def test_every_method_returns_documents_for_every_query(comparison, task, index)
 
 
 def test_native_vectors_are_those_of_embed_query(comparison, tiny_model):
-    for mode in ("context", "generated"):
-        expected = tiny_model.embed_query(comparison.messages, mode=mode, batch_size=4).numpy()
-        np.testing.assert_allclose(comparison.backbone_pass.vectors[mode], expected, atol=1e-5)
+    expected = tiny_model.embed_query(comparison.messages, mode="context").numpy()
+    np.testing.assert_array_equal(comparison.methods["native-context"].vectors(), expected)
+    expected = tiny_model.embed_query(comparison.messages, mode="generated", batch_size=4).numpy()
+    np.testing.assert_array_equal(comparison.methods["native-generated"].vectors(), expected)
 
 
 def test_native_context_alone_writes_no_query(tiny_model, stub_teacher, index, task, monkeypatch):
@@ -82,7 +83,7 @@ def test_each_query_alone_gives_the_vector_of_the_batch(comparison, stub_teacher
             if name.startswith("bm25"):
                 assert alone.shape == (len(comparison.index),)
             elif name.startswith("native"):
-                np.testing.assert_allclose(alone, comparison.backbone_pass.vectors[method.mode][i], atol=1e-5)
+                np.testing.assert_allclose(alone, method.vectors()[i], atol=1e-5)
             else:
                 np.testing.assert_allclose(alone, stub_teacher.encode(method.texts)[i], atol=1e-6)
 
@@ -120,7 +121,7 @@ def test_written_queries_lose_quotes_and_are_never_empty(comparison, tiny_model)
 def test_the_question_stands_behind_the_written_query(comparison):
     plain = comparison.methods["generate-then-encode"].texts
     longer = comparison.methods["generate-then-encode+question"].texts
-    assert plain == comparison.backbone_pass.queries
+    assert plain == comparison.written.queries
     assert longer == [f"{query} {question}" for query, question in zip(plain, comparison.last_questions, strict=True)]
 
 

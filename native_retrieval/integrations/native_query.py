@@ -56,9 +56,9 @@ class NativeQuery(InputModule):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def forward(self, features: dict[str, torch.Tensor], **kwargs) -> dict[str, torch.Tensor]:
-        with_cache = self.model.config.query_mode != "context"
-        prefill = self.model.prefill(features["input_ids"], features["attention_mask"], use_cache=with_cache)
-        features["sentence_embedding"] = self.model.embed_prefilled(prefill).query_embeddings.float()
+        rows = zip(features["input_ids"], features["attention_mask"], strict=True)
+        vectors = self.model.embed_prompts([ids[mask.bool()].tolist() for ids, mask in rows])
+        features["sentence_embedding"] = vectors.to(features["input_ids"].device)
         return features
 
     def save(self, output_path: str, safe_serialization: bool = True, **kwargs) -> None:
