@@ -1,4 +1,4 @@
-"""native_retrieval/qdrant.py against the embedded Qdrant: what a folder's index finds, and nothing of another teacher."""
+"""native_retrieval/qdrant.py, embedded and over HTTP: what a folder's index finds, and nothing of another teacher."""
 
 import datasets
 import numpy as np
@@ -8,6 +8,8 @@ from native_retrieval.agent import Agent
 from native_retrieval.index import DocumentIndex, IndexMismatchError
 
 qdrant_client = pytest.importorskip("qdrant_client")
+
+from qdrant_server import serve  # noqa: E402
 
 from native_retrieval.qdrant import QdrantIndex  # noqa: E402
 
@@ -24,11 +26,15 @@ def made():
     return datasets.Dataset.from_list(rows), vectors
 
 
-@pytest.fixture
-def client(tmp_path):
-    client = qdrant_client.QdrantClient(path=str(tmp_path / "qdrant"))
-    yield client
-    client.close()
+@pytest.fixture(params=["embedded", "http"])
+def client(request, tmp_path):
+    if request.param == "embedded":
+        client = qdrant_client.QdrantClient(path=str(tmp_path / "qdrant"))
+        yield client
+        client.close()
+    else:
+        with serve() as url:
+            yield qdrant_client.QdrantClient(url=url, check_compatibility=False)
 
 
 def build(client, documents, vectors, fingerprint=FINGERPRINT, **settings) -> QdrantIndex:
@@ -120,3 +126,19 @@ def test_an_agent_searches_it(client, made, make_model):
     found = agent.search("Who?")
     assert len(found.documents) == 5 and found.documents[0]["title"].startswith("Title")
     list(agent.answer())
+
+
+def test_a_dropped_connection_is_tried_again(made, tmp_path):
+    dropped = []
+
+    def drop(method: str, path: str) -> bool:
+        if method == "PUT" and path.endswith("/points") and len(dropped) < 2:
+            dropped.append(path)
+            return True
+        return False
+
+    with serve(drop) as url:
+        client = qdrant_client.QdrantClient(url=url, check_compatibility=False)
+        index = build(client, *made, batch_size=16)
+        assert len(dropped) == 2 and len(index) == NUM
+        assert index.search(made[1][7:8], 1)[1].tolist() == [[7]]

@@ -1,0 +1,98 @@
+# Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
+"""
+Many requests from many threads: is every vector right, and does memory stay where it was?
+
+    python benchmarks/load.py --model outputs/best --queries data/handwritten/queries.jsonl --output results/load.json
+
+Threads share one model and call `embed_query`, half of them with a cache that they drop at once. Each vector is compared
+with the one that the same conversation had alone. The curve is the process's resident memory.
+"""
+
+import argparse
+import json
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import psutil
+import torch
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+from native_retrieval.loading import load_model
+from native_retrieval.report import environment
+
+WRONG_BELOW = 0.9999  # cosine
+
+
+def draw(result: dict, path: Path) -> None:
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([row["requests"] for row in result["rows"]], [row["rss_mb"] for row in result["rows"]], color="#0072B2")
+    axes.set_ylim(0)
+    axes.set_xlabel(f"embed_query requests, from {result['threads']} threads")
+    axes.set_ylabel("Resident memory (MB)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory or Hub id of a trained model")
+    parser.add_argument("--queries", required=True, help="a queries.jsonl with messages")
+    parser.add_argument("--requests", type=int, default=5000, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=8, help="that send them (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=100, help="requests between two looks at the memory")
+    parser.add_argument("--output", required=True, help="the JSON file to write; a figure goes into figures/ beside it")
+    arguments = parser.parse_args()
+    model = load_model(arguments.model)
+    conversations = [json.loads(line)["messages"] for line in Path(arguments.queries).read_text().splitlines()]
+    conversations = sorted(conversations, key=lambda messages: len(str(messages)))[:64]
+    alone = model.embed_query(conversations)
+    process, lock = psutil.Process(), threading.Lock()
+    rows, wrong, done = [{"requests": 0, "rss_mb": process.memory_info().rss // 10**6}], [], 0
+    bar = tqdm(total=arguments.requests, unit="request")
+
+    def request(number: int) -> None:
+        nonlocal done
+        row = number % len(conversations)
+        if number % 2:
+            vector = model.embed_query(conversations[row], return_cache=True).query_embeddings[0].float().cpu()
+        else:
+            vector = model.embed_query(conversations[row])[0]
+        with lock:
+            done += 1
+            if torch.cosine_similarity(vector, alone[row], dim=0) < WRONG_BELOW:
+                wrong.append(number)
+            if done % arguments.every == 0:
+                rows.append({"requests": done, "rss_mb": process.memory_info().rss // 10**6})
+            bar.update()
+
+    with ThreadPoolExecutor(arguments.threads) as pool:
+        list(pool.map(request, range(arguments.requests)))
+    bar.close()
+    half = len(rows) // 2
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "environment": environment(),
+        "threads": arguments.threads,
+        "requests": done,
+        "wrong": len(wrong),
+        "growth_mb_second_half": max(row["rss_mb"] for row in rows[half:]) - max(row["rss_mb"] for row in rows[:half]),
+        "rows": rows,
+    }
+    output = Path(arguments.output)
+    (output.parent / "figures").mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, output.parent / "figures" / f"{output.stem}.png")
+    print(
+        f"{done:,} requests from {arguments.threads} threads: {len(wrong)} wrong vectors; the second half's peak memory is "
+        f"{result['growth_mb_second_half']} MB over the first's"
+    )
+
+
+if __name__ == "__main__":
+    main()
