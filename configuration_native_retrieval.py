@@ -43,7 +43,10 @@ class NativeRetrievalConfig(PreTrainedConfig):
             that the backbone writes first. `"probe"`: besides the context, `num_probe_tokens` learned tokens that go
             through the backbone behind the prompt, with an adapter that acts on them alone.
         num_probe_tokens (`int`, defaults to 0): learned tokens of `"probe"` mode; 0 leaves the mode out.
-        adapter_rank (`int`, defaults to 32): rank of the adapter (LoRA) of `"probe"` mode, on every linear layer.
+        adapter_rank (`int`, defaults to 32): rank of the adapter (LoRA) of `"probe"` mode.
+        adapter_num_layers (`int`, defaults to 4):
+            How many of the backbone's layers it acts in, on every linear map: the last ones that are read. Each costs
+            time in every query.
         num_context_tokens (`int`, defaults to 16): tokens that the head reads in `"context"` mode.
         query_prompt (`str`): how the assistant's turn begins when the backbone is made to write a query.
         max_query_tokens (`int`, defaults to 32): tokens of a written query at most.
@@ -84,6 +87,7 @@ class NativeRetrievalConfig(PreTrainedConfig):
     query_mode: str = "context"
     num_probe_tokens: int = 0
     adapter_rank: int = 32
+    adapter_num_layers: int = 4
     num_context_tokens: int = 16
     query_prompt: str = "Search query:"
     max_query_tokens: int = 32
@@ -128,6 +132,7 @@ class NativeRetrievalConfig(PreTrainedConfig):
         for name in (
             "embedding_dim",
             "adapter_rank",
+            "adapter_num_layers",
             "num_context_tokens",
             "max_query_tokens",
             "max_prompt_tokens",
@@ -135,7 +140,8 @@ class NativeRetrievalConfig(PreTrainedConfig):
             "head_num_attention_heads",
             "copy_head_dim",
         ):
-            need(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            need(isinstance(value, int) and value >= 1, f"{name}={value!r} must be a whole number, at least 1")
         need(
             self.max_prompt_tokens <= longest,
             f"max_prompt_tokens={self.max_prompt_tokens} leaves no room for a query of {self.max_query_tokens} tokens in "

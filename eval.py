@@ -52,14 +52,13 @@ and the rank of the first relevant document of each query. Bad input ends in one
 
 import hashlib
 import json
-import os
 import shlex
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from native_retrieval.cli import Parser, nearest
+from native_retrieval.cli import Parser, check_writable, nearest
 from native_retrieval.pipelines import METHODS, Comparison
 
 # What takes seconds to import is imported where it is used, so that --help and a mistyped flag answer at once.
@@ -140,7 +139,7 @@ class EvalArguments:
             ("cache_dir", self.cache_dir),
         ):
             if directory is not None:
-                _check_writable(flag, Path(directory))
+                check_writable(flag, Path(directory))
 
 
 GROUPS = {
@@ -148,14 +147,6 @@ GROUPS = {
     "how": ("methods", "batch_size", "latency_queries", "cache_dir", "debug"),
     "what to write": ("output", "figures", "report", "save_queries"),
 }
-
-
-def _check_writable(flag: str, directory: Path) -> None:
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ValueError(f"--{flag}: {existing} is a file, wanted a directory; name another place")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"--{flag}: {existing} cannot be written to; name another place")
 
 
 def parse(argv: list[str]) -> EvalArguments:
@@ -327,9 +318,8 @@ def write(arguments: EvalArguments, result: dict[str, Any]) -> None:
 def _one_line(error: Exception) -> str:
     from native_retrieval.data import DataError
 
-    if isinstance(error, DataError):  # one line, or one for each bad row
-        return f"{error.source}: {error.problems[0]}" if len(error.problems) == 1 else str(error)
-    return " ".join(str(error).split())
+    # Of data one line, or one for each bad row.
+    return str(error) if isinstance(error, DataError) else " ".join(str(error).split())
 
 
 if __name__ == "__main__":

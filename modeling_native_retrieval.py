@@ -12,10 +12,12 @@ import copy
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -315,7 +317,7 @@ class CopyPath(nn.Module):
 class Probe(nn.Module):
     """
     Learned tokens that ask the backbone for a query, behind any prompt: their embeddings, a low-rank adapter (LoRA, arXiv
-    2106.09685) of the backbone's linear layers that acts on them alone, and a head that reads their states.
+    2106.09685) in some of the backbone's layers that acts on them alone, and a head that reads their states.
 
     Everything here is added to what the context gives, and starts at zero: an untrained probe changes nothing.
     """
@@ -327,7 +329,7 @@ class Probe(nn.Module):
         text = config.text_config.get_text_config()
         self.embeddings = nn.Parameter(torch.empty(config.num_probe_tokens, text.hidden_size))
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
-        for name, layer in _linear_layers(backbone):
+        for name, layer in _adapted_layers(config, backbone):
             # Conv1D, GPT-2's linear layer, keeps its weight the other way round.
             width_in, width_out = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
             self.down[name] = nn.Parameter(torch.empty(config.adapter_rank, width_in))
@@ -337,12 +339,20 @@ class Probe(nn.Module):
 
     def adapt(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
         """What the adapter adds to the output of the linear layer of this name."""
-        return self.ADAPTER_SCALE * F.linear(F.linear(inputs.to(self.down[name].dtype), self.down[name]), self.up[name])
+        inner = F.linear(inputs.to(self.down[name].dtype), self.down[name])
+        return F.linear(self.ADAPTER_SCALE * inner, self.up[name])
 
 
-def _linear_layers(backbone: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    layers = ((name, module) for name, module in backbone.base_model.named_modules())
-    return [(name.replace(".", "-"), module) for name, module in layers if isinstance(module, (nn.Linear, Conv1D))]
+def _adapted_layers(config: NativeRetrievalConfig, backbone: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """The linear maps in the last `adapter_num_layers` of the layers that are read."""
+    last = max(config.hidden_state_layers)
+    adapted = range(last - config.adapter_num_layers, last)
+    layers = []
+    for name, module in backbone.base_model.named_modules():
+        number = re.search(r"\.(\d+)\.", name)  # of the block, in layers.7.mlp.up_proj or h.7.attn.c_attn
+        if isinstance(module, (nn.Linear, Conv1D)) and number and int(number[1]) in adapted:
+            layers.append((name.replace(".", "-"), module))
+    return layers
 
 
 def _tokenizer_fingerprint(tokenizer) -> str:
@@ -489,8 +499,7 @@ class NativeRetrievalModel(PreTrainedModel):
     # The head's time is that of reading its weights, once, so its large maps take the backbone's precision. What the copy
     # path adds up stays in full precision.
     _keep_in_fp32_modules_strict = [
-        *(f"copy_path.{name}" for name in ("key", "segment_bias", "token_values", "token_salience", "gain")),
-        "probe.",
+        f"copy_path.{name}" for name in ("key", "segment_bias", "token_values", "token_salience", "gain")
     ]
 
     def __init__(self, config: NativeRetrievalConfig, backbone: PreTrainedModel | None = None):
@@ -539,7 +548,7 @@ class NativeRetrievalModel(PreTrainedModel):
             base.register_forward_hook(partial(_record_states, self.config.hidden_state_layers), with_kwargs=True)
         if self.probe is None:
             return
-        for name, layer in _linear_layers(self.backbone):
+        for name, layer in _adapted_layers(self.config, self.backbone):
             hooks = layer._forward_hooks.values()
             if not any(isinstance(hook, partial) and hook.func is _add_adapter for hook in hooks):
                 layer.register_forward_hook(partial(_add_adapter, name))
@@ -562,10 +571,20 @@ class NativeRetrievalModel(PreTrainedModel):
         Raises:
             `ValueError`: for a tokenizer larger than the backbone's embeddings, or a bad field.
         """
+        known = {field.name for field in fields(NativeRetrievalConfig)}
+        for name in config_fields:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else "see NativeRetrievalConfig"
+                raise ValueError(f"NativeRetrievalConfig has no field {name!r}; {hint}")
         if isinstance(backbone, (str, os.PathLike)):
             source = str(backbone)
             revision = config_fields.get("backbone_revision")
-            backbone = AutoModelForCausalLM.from_pretrained(source, revision=revision)
+            try:
+                backbone = AutoModelForCausalLM.from_pretrained(source, revision=revision)
+            except (OSError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise OSError(f"backbone {source!r} (revision {revision}) cannot be loaded: {reason}") from error
             config_fields.setdefault("backbone_name_or_path", source)
         else:
             source = backbone.name_or_path
@@ -719,6 +738,10 @@ class NativeRetrievalModel(PreTrainedModel):
             return self.backbone.generate(input_ids, **kwargs)
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
+        if mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)} must have the same shape"
+            )
         prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
         laid_out, kwargs["attention_mask"], kwargs["past_key_values"] = self._go_on(cache, prompts)
         output = self.backbone.generate(laid_out, **kwargs)
@@ -790,7 +813,7 @@ class NativeRetrievalModel(PreTrainedModel):
         vectors, summary = self.head(read.to(self.head.linear_in.weight.dtype), order >= 0)
         if probe_states is not None:
             every = torch.ones(probe_states.shape[:2], dtype=torch.bool, device=probe_states.device)
-            more, asked = self.probe.head(probe_states.float(), every)
+            more, asked = self.probe.head(probe_states.to(self.probe.head.linear_in.weight.dtype), every)
             vectors, summary = vectors + more, summary + self.probe.summary(asked).to(summary.dtype)
 
         attributions = None
@@ -994,9 +1017,24 @@ class NativeRetrievalModel(PreTrainedModel):
             `ValueError`: for malformed input, naming it.
         """
         mode = self._check_mode(mode)
+        if past_key_values is not None and not isinstance(past_key_values, QueryCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; give the one that "
+                "embed_query(..., return_cache=True) returned"
+            )
         if isinstance(queries, torch.Tensor):
-            if queries.ndim != 2 or queries.is_floating_point():
-                raise ValueError(f"queries {tuple(queries.shape)} {queries.dtype}; token ids must be (batch, tokens)")
+            if queries.ndim != 2 or not queries.shape[1] or queries.is_floating_point():
+                raise ValueError(
+                    f"queries {tuple(queries.shape)} {queries.dtype}; token ids must be (batch, tokens), with at least one "
+                    "token"
+                )
+            size = self.config.text_config.get_text_config().vocab_size
+            outside = queries[(queries < 0) | (queries >= size)]
+            if len(outside):
+                raise ValueError(
+                    f"queries hold the token id {int(outside[0])}, outside the backbone's vocabulary of {size}; give ids "
+                    "that model.tokenizer or model.generate gave"
+                )
             prompts = self._without_padding(queries, past_key_values)
         else:
             prompts = [self.build_prompt(conversation) for conversation in _as_conversations(queries)]
@@ -1031,8 +1069,11 @@ class NativeRetrievalModel(PreTrainedModel):
         mode = self._check_mode(mode)
         if batch_size is None:
             batch_size = 1 if self.backbone.device.type == "cpu" else 32
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be a whole number, at least 1")
+        for i, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompt {i} is empty; give at least one token")
         vectors = torch.empty(len(prompts), self.config.embedding_dim)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for begin in range(0, len(order), batch_size):

@@ -27,10 +27,12 @@ The trained model lands in `--output_dir`: weights, code, tokenizer, model card.
 """
 
 import dataclasses
+import json
 import os
 import shutil
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +56,7 @@ class ModelArguments:
     num_context_tokens: int = field(default=16, metadata={"help": "Last prompt tokens that the head reads."})
     num_probe_tokens: int = field(default=0, metadata={"help": "Learned tokens of the probe mode; 0 leaves it out."})
     adapter_rank: int = field(default=32, metadata={"help": "Rank of the adapter that acts on the probe alone."})
+    adapter_num_layers: int = field(default=4, metadata={"help": "Layers that it acts in, the last that are read."})
     max_query_tokens: int = field(default=32, metadata={"help": "Longest written query, in tokens."})
     max_prompt_tokens: int | None = field(default=1024, metadata={"help": "Longest prompt; older turns are dropped."})
     hidden_state_layers: list[int] | None = field(default=None, metadata={"help": "Layers read (default: five)."})
@@ -126,6 +129,13 @@ class DataArguments:
     )
     cache_dir: str = field(default=".cache/native_retrieval", metadata={"help": "Where costly things are kept."})
 
+    def __post_init__(self) -> None:
+        for name in ("variety", "gold_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in 0 to 1")
+        if self.rank_top_k < 2:
+            raise ValueError(f"rank_top_k={self.rank_top_k} must be at least 2, as one document is no ranking")
+
 
 @dataclass
 class RunArguments:
@@ -169,9 +179,10 @@ def parse(argv: list[str]):
         if not path.is_file():
             raise ValueError(f"recipe {path} does not exist; give a YAML file, such as configs/demo.yaml")
         try:
-            recipe = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except Exception as error:  # for a bad date or number, YAML's reader raises whatever Python does
+            raise ValueError(f"recipe {path} is not YAML in UTF-8: {' '.join(str(error).split())}") from error
+        recipe = {} if recipe is None else recipe
         if not isinstance(recipe, dict):
             raise ValueError(f"recipe {path} holds a {type(recipe).__name__}; write `field: value` lines")
         for name in recipe:
@@ -179,17 +190,26 @@ def parse(argv: list[str]):
     for argument in argv:
         if argument.startswith("--"):
             _known(argument[2:].split("=")[0].removeprefix("no_"), fields, "command line")
-    return parser.parse_args_into_dataclasses(_as_arguments(recipe) + argv, look_for_args_file=False)
+    *parsed, unused = parser.parse_args_into_dataclasses(
+        _as_arguments(recipe) + argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unused:
+        raise ValueError(f"{unused[0]!r} belongs to no field; see `python train.py --help`")
+    return tuple(parsed)
 
 
 def _as_arguments(recipe: dict) -> list[str]:
     """YAML fields as command-line words: both then pass the same checks and conversions."""
     words = []
     for name, value in recipe.items():
-        if value is None:
-            continue
         values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *map(str, values)]
+        for item in values:
+            if isinstance(item, (dict, list)) or (isinstance(value, list) and str(item).startswith("--")):
+                raise ValueError(f"recipe field {name} holds {item!r:.60}; give a value, or a list of values")
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, values)]
+        elif value is not None:
+            words.append(f"--{name}={value}")  # as one word: a text may begin with a dash
     return words
 
 
@@ -268,13 +288,32 @@ def varied(some, queries, corpus, build_prompt) -> list:
     return conversations
 
 
+def model_fields(model_args: ModelArguments) -> dict:
+    """Fields of `NativeRetrievalConfig`."""
+    return {k: v for k, v in vars(model_args).items() if k not in ("backbone", "teacher") and v is not None}
+
+
+def check_model_fields(model_args: ModelArguments) -> None:
+    """Raises `ValueError` for what cannot become a model, before anything costly has begun."""
+    from transformers import AutoConfig
+
+    from configuration_native_retrieval import NativeRetrievalConfig
+
+    try:
+        text_config = AutoConfig.from_pretrained(model_args.backbone, revision=model_args.backbone_revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"backbone {model_args.backbone!r} cannot be loaded: {error}") from error
+    NativeRetrievalConfig(
+        text_config=text_config, backbone_name_or_path=model_args.backbone, **model_fields(model_args)
+    )
+
+
 def new_model(model_args: ModelArguments, teacher):
     """An untrained model, whose copy path starts from the teacher's vectors of the vocabulary."""
     import numpy as np
 
     from modeling_native_retrieval import NativeRetrievalModel
 
-    fields = {k: v for k, v in vars(model_args).items() if k not in ("backbone", "teacher") and v is not None}
     vocabulary = SimpleNamespace(
         encode=lambda words: np.array(teacher.cached(words, "query", "Teacher: vocabulary", True))
     )
@@ -283,7 +322,7 @@ def new_model(model_args: ModelArguments, teacher):
         vocabulary,
         teacher_name_or_path=model_args.teacher,
         teacher_fingerprint=teacher.fingerprint,
-        **fields,
+        **model_fields(model_args),
     )
 
 
@@ -295,11 +334,46 @@ def train_only(*parts, of) -> None:
             part.requires_grad_(True)
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end, of which `trainer_state.json` comes last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def checkpoints_of(output_dir: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
 def last_whole_checkpoint(output_dir: Path) -> str | None:
     """The newest checkpoint that was written to its end; one that a stopped run has left half done is passed over."""
-    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [str(path) for path in checkpoints if (path / "trainer_state.json").is_file()]  # which comes last
+    whole = [str(path) for path in checkpoints_of(output_dir) if is_whole(path)]
     return whole[-1] if whole else None
+
+
+def remove_checkpoints(checkpoints: list[Path]) -> None:
+    """Removes these; stopped half way, none of them is left that seems whole, but lacks its weights or those of its best."""
+    for checkpoint in reversed(checkpoints):
+        (checkpoint / "trainer_state.json").unlink(missing_ok=True)
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def alone_in(output_dir: Path):
+    """A lock, for a `with`, on a directory that two trainings would spoil for each other. Raises `ValueError` if one runs."""
+    from filelock import FileLock, Timeout
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output_dir / "_training.lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another training is writing to output_dir {output_dir}; wait for its end, or name another with --output_dir"
+        ) from None
 
 
 def without_tokens(words: list[str]) -> str:
@@ -318,6 +392,11 @@ def device_name(device) -> str:
 
 
 def main(argv: list[str]) -> None:
+    with ExitStack() as held:  # until training ends, in whatever way
+        run(argv, held)
+
+
+def run(argv: list[str], held: ExitStack) -> None:
     started = time.monotonic()
     model_args, data_args, run_args, training_args = parse(argv)
     for name, value in (("backbone", model_args.backbone), ("teacher", model_args.teacher)):
@@ -329,6 +408,20 @@ def main(argv: list[str]) -> None:
         raise ValueError("query_modes has probe, but num_probe_tokens is 0; set it to 8, for example")
     if training_args.load_best_model_at_end and not data_args.dev_data:
         raise ValueError("dev_data is missing; name it, or set --load_best_model_at_end false --eval_strategy no")
+    output_dir = Path(training_args.output_dir)
+    if (left := last_whole_checkpoint(output_dir)) and not run_args.resume:
+        raise ValueError(
+            f"{left} is of a training that was stopped; add --resume to go on from it, or start anew in another "
+            f"--output_dir, or here without {output_dir}/checkpoint-*"
+        )
+
+    for name in ("contrastive_temperature", "rank_temperature"):
+        if not getattr(training_args, name) > 0:
+            raise ValueError(f"{name}={getattr(training_args, name)} must be above 0")
+    from native_retrieval.cli import check_writable
+
+    for flag, directory in (("output_dir", training_args.output_dir), ("cache_dir", data_args.cache_dir)):
+        check_writable(flag, Path(directory))
 
     import datasets
     from torch.utils.data import ConcatDataset
@@ -347,7 +440,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
 
-    train, dev, texts = load_data(data_args)  # first: a bad row should be named before a model is loaded
+    check_model_fields(model_args)
+    train, dev, texts = load_data(data_args)  # a bad row, too, should be named before a model is loaded
     teacher = Teacher(model_args.teacher, model_args.teacher_revision, cache_dir=data_args.cache_dir)
     model = new_model(model_args, teacher).to(training_args.device)
     offset = 0
@@ -393,6 +487,17 @@ def main(argv: list[str]) -> None:
             probe_parts.append(examples(name, queries.select(some), corpus, "probe"))
         # The modes share a corpus, and so its ids; the next data set's begin after it.
         offset += (len(corpus) if corpus is not None else 0) + len(queries)
+    questions = questions_of(train) if data_args.turns_as_text else []
+    # Single questions and sentences among the conversations: a vector may not drift off a text that stands alone.
+    wanted = round(data_args.plain_text_share * sum(map(len, train_parts)))
+    for name, some in (("plain text", texts), ("questions", questions)):
+        some = evenly(some, wanted * len(some) // max(1, len(texts) + len(questions)))
+        if some:
+            rows = [{"messages": [{"role": "user", "content": text}], "rewrite": text, "gold": []} for text in some]
+            train_parts.append(examples(name, datasets.Dataset.from_list(rows), None, "context"))
+            offset += len(rows)
+    # All that runs the backbone comes before training, which may spread its weights over the devices.
+    dev_examples = dev_parts(modes_of) or None
     facts = {
         "backbone": model_args.backbone,
         "backbone_revision": model_args.backbone_revision,
@@ -408,14 +513,15 @@ def main(argv: list[str]) -> None:
         "device": device_name(training_args.device),
         "command": without_tokens(["train.py", *argv]),
     }
-    output_dir = Path(training_args.output_dir)
+    if training_args.process_index == 0:
+        held.enter_context(alone_in(output_dir))
+        remove_checkpoints([path for path in checkpoints_of(output_dir) if not is_whole(path)])
     resume = last_whole_checkpoint(output_dir) if run_args.resume else None
 
     # The other stages are short: no checkpoints, and no dev metrics before they end.
     without_checks = dataclasses.replace(
         training_args, eval_strategy="no", save_strategy="no", load_best_model_at_end=False, push_to_hub=False
     )
-    questions = questions_of(train) if data_args.turns_as_text else []
     if model.copy_path is not None and data_args.word_epochs and (texts or questions) and not resume:
         words = build_texts(model, teacher, [*texts, *questions], "plain texts", data_args.variety)
         print(f"Stage a: the vocabulary's vectors, from {len(words)} plain texts", flush=True)
@@ -431,21 +537,13 @@ def main(argv: list[str]) -> None:
         train_only(model.copy_path.token_values, model.copy_path.token_salience, of=model)
         NativeRetrievalTrainer(model, stage, words, stage="Stage a: words").train()
 
-    # Single questions and sentences among the conversations: a vector may not drift off a text that stands alone.
-    wanted = round(data_args.plain_text_share * sum(map(len, train_parts)))
-    for name, some in (("plain text", texts), ("questions", questions)):
-        some = evenly(some, wanted * len(some) // max(1, len(texts) + len(questions)))
-        if some:
-            rows = [{"messages": [{"role": "user", "content": text}], "rewrite": text, "gold": []} for text in some]
-            train_parts.append(examples(name, datasets.Dataset.from_list(rows), None, "context"))
-            offset += len(rows)
     print(f"Stage b: {sum(map(len, train_parts))} examples, conversations and some plain text", flush=True)
     train_only(model.head, model.copy_path, of=model)
     trainer = NativeRetrievalTrainer(
         model,
         training_args,
         ConcatDataset(train_parts),
-        dev_parts(modes_of) or None,
+        dev_examples,
         facts=facts,
         stage="Stage b: conversations",
         processing_class=model.tokenizer,
@@ -478,8 +576,8 @@ def main(argv: list[str]) -> None:
     facts["training_seconds"] = round(time.monotonic() - started, 1)
     trainer.save_model()
     trainer.create_model_card()
-    for checkpoint in output_dir.glob("checkpoint-*"):  # the best of them is the saved model
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    if training_args.process_index == 0:
+        remove_checkpoints(checkpoints_of(output_dir))  # the best of them is the saved model
     print(f"Saved to {output_dir}. Judge it: python eval.py --model {output_dir} --data ... --split test", flush=True)
     if training_args.push_to_hub:
         try:
@@ -494,13 +592,20 @@ def main(argv: list[str]) -> None:
             print(f"Pushed: {commit.commit_url}")
 
 
-if __name__ == "__main__":
+def command(argv: list[str]) -> int:
+    """`main` from the command line: returns the exit code, 0, or 2 after one line on stderr."""
     try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; the same command with --resume goes on")
+        main(argv)
     except (ValueError, OSError, FloatingPointError) as error:
-        if "--debug_errors" in sys.argv:
+        if "--debug_errors" in argv:
             raise
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(command(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; the same command with --resume goes on")

@@ -66,6 +66,7 @@ def with_probe(model):
         model.probe = Probe(model.config, model.backbone).requires_grad_(False).eval()
         for weight in model.probe.parameters():
             torch.nn.init.normal_(weight, std=0.02)
+        model.probe.to(model.head.linear_in.weight.dtype)
         model._hook_backbone()
     return model
 
@@ -140,9 +141,12 @@ class Ways:
 
     # -- what the parts are compared with -----------------------------------------------------------------------------
 
+    @torch.no_grad()
     def decode_step(self, clock, prefill):
-        ids = torch.cat((prefill.input_ids, prefill.input_ids[:, -1:]), dim=1)
-        clock.time("decode step", lambda: self.model.prefill(ids, past_key_values=prefill.past_key_values.branch()))
+        """One token, as generation makes it: through the backbone and its language-model head."""
+        mask = torch.ones(1, prefill.input_ids.shape[1] + 1, dtype=torch.long)
+        token, cache = prefill.input_ids[:, -1:], prefill.past_key_values.branch()
+        clock.time("decode step", lambda: self.model.backbone(token, attention_mask=mask, past_key_values=cache))
 
     @torch.no_grad()
     def head_alone(self, clock, written, query: str, count: int):

@@ -60,7 +60,9 @@ def server(command: list[str], port: int):
                 except OSError:
                     if process.poll() is not None or time.monotonic() > deadline:
                         log.seek(0)
-                        raise RuntimeError(f"{' '.join(words[:4])} did not start:\n{log.read()[-3000:]}") from None
+                        lines = log.read().splitlines()  # the first error is the cause, and the rest its echoes
+                        cause = next((line for line in lines if "Error: " in line), "no error in its log")
+                        raise RuntimeError(f"{' '.join(words[:4])} did not start: {cause}") from None
                     time.sleep(1)
             yield
         finally:

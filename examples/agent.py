@@ -27,8 +27,11 @@ def main(model_dir: str = ".cache/demo/model", index_dir: str = ".cache/demo/ind
 
 if __name__ == "__main__":
     try:
+        if len(sys.argv) > 3:
+            raise ValueError(f"{len(sys.argv) - 1} arguments; give the folders of a model and of its index, or nothing")
         main(*sys.argv[1:])
     except (KeyboardInterrupt, EOFError):
         print()
     except (ValueError, OSError) as error:
-        sys.exit(f"agent.py: {' '.join(str(error).split())}")
+        print(f"agent.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -7,7 +7,6 @@ A page to talk to the agent and to see, for each turn, what its vector found bes
 Conversations live in the browser (and survive a refresh); the server keeps nothing but the caches of open pages.
 """
 
-import argparse
 import sys
 import time
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pandas as pd
 import torch
 
 from native_retrieval.agent import Agent
+from native_retrieval.cli import CommandParser
 from native_retrieval.index import DocumentIndex
 from native_retrieval.loading import load_model
 from native_retrieval.report import plot_map
@@ -190,7 +190,7 @@ def _text(content) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("app.py", __doc__)
     parser.add_argument("--model", default=".cache/demo/model", help="a trained model (default: %(default)s)")
     parser.add_argument("--index", default=".cache/demo/index", help="its teacher's index (default: %(default)s)")
     parser.add_argument("--teacher", help="the teacher, if it lies elsewhere than at training")

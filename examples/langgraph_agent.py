@@ -68,4 +68,10 @@ def main(model_dir: str = ".cache/demo/model", index_dir: str = ".cache/demo/ind
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        if len(sys.argv) > 3:
+            raise ValueError(f"{len(sys.argv) - 1} arguments; give the folders of a model and of its index, or nothing")
+        main(*sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"langgraph_agent.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -70,6 +70,9 @@ class Agent:
         num_read: int = 1,
         max_new_tokens: int = 96,
     ):
+        for name, value in (("num_documents", num_documents), ("max_new_tokens", max_new_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         index.check_model(model.config)
         self.model, self.index = model, index
         self.num_documents, self.num_read, self.max_new_tokens = num_documents, num_read, max_new_tokens
@@ -97,7 +100,12 @@ class Agent:
     def answer(self) -> Iterator[str]:
         """
         Streams the answer. A caller who stops listening stops the generation too; what was said stays in `messages`.
+
+        Raises:
+            `ValueError`: before the first `search`.
         """
+        if self.results is None:
+            raise ValueError("there is no question to answer; call search(question) first")
         prompt = torch.tensor(
             [self.model.build_prompt([*self.messages, self.results])], device=self.model.backbone.device
         )

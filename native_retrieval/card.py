@@ -9,7 +9,6 @@ the model's folder.
     python -m native_retrieval.card outputs/mine results/mine-test.json --push_to_hub me/mine
 """
 
-import argparse
 import json
 import math
 import os
@@ -23,9 +22,11 @@ from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardD
 
 from configuration_native_retrieval import NativeRetrievalConfig
 
-from .report import markdown_table, plot_training
+from .cli import CommandParser
+from .report import markdown_table, plot_training, read_result
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_card.md"
+RESULT_FIELDS = ("dataset", "split", "num_queries", "num_documents", "command", "baseline", "methods")
 METRICS = {"recall@10": "Recall@10", "mrr@10": "MRR@10", "ndcg@10": "nDCG@10"}
 
 
@@ -39,6 +40,7 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
 
     Raises:
         `FileNotFoundError`: if `training.json`, `config.json` or a result is missing.
+        `ValueError`: if one of them is not what train.py or eval.py wrote.
     """
     folder = Path(model_dir)
     for name in ("training.json", "config.json"):
@@ -46,13 +48,13 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
             raise FileNotFoundError(
                 f"{folder / name} is missing; a card is written for a model that train.py has saved"
             )
-    facts = json.loads((folder / "training.json").read_text())
+    facts = read_result(folder / "training.json", "backbone", "teacher", "query_modes", "train_data", "command")
     config = NativeRetrievalConfig.from_pretrained(folder)
     tables, entries, failures = [], [], []
     repository = facts.get("repository") or folder.name
+    evaluations = {path: read_result(path, *RESULT_FIELDS) for path in map(Path, results)}
     (folder / "figures").mkdir(exist_ok=True)
-    for path in map(Path, results):
-        result = json.loads(path.read_text())
+    for path, result in evaluations.items():
         figures = []
         for source in sorted((path.parent / "figures").glob(f"{path.stem}-*.png")):
             shutil.copy(source, folder / "figures" / source.name)
@@ -199,11 +201,7 @@ def _linked(source: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m native_retrieval.card",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("python -m native_retrieval.card", __doc__)
     parser.add_argument("model", help="folder that train.py has saved")
     parser.add_argument("results", nargs="*", help="result files of eval.py; their figures are copied too")
     parser.add_argument("--push_to_hub", metavar="REPO", help="push the folder to this repository of the Hub")

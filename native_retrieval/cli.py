@@ -2,8 +2,10 @@
 
 import copy
 import difflib
-from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+import os
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import NoReturn
 
 from transformers import HfArgumentParser
@@ -16,6 +18,15 @@ def nearest(word: str, known: Collection[str]) -> str:
     """`, did you mean ...?`, or nothing where nothing is near."""
     near = difflib.get_close_matches(word, known, n=1)
     return f", did you mean {near[0]}?" if near else ""
+
+
+def check_writable(flag: str, directory: Path) -> None:
+    """Raises `ValueError`, naming the flag, if nothing can be written to a directory, which need not exist yet."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--{flag}: {existing} is a file, wanted a directory; name another place")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"--{flag}: {existing} cannot be written to; name another place")
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
@@ -33,6 +44,18 @@ class HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
         shown.option_strings = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
         shown.metavar = action.metavar or METAVARS.get(action.type, "TEXT")
         return super()._format_action_invocation(shown)
+
+
+class CommandParser(ArgumentParser):
+    """argparse's parser with the description as it stands; an error is one line on stderr and exit code 2."""
+
+    def __init__(self, prog: str, description: str | None):
+        super().__init__(
+            prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:  # argparse would print the usage first
+        self.exit(2, f"{self.prog.rpartition('native_retrieval.')[2]}: {message}; --help lists all\n")
 
 
 class Parser(HfArgumentParser):

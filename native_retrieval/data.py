@@ -82,8 +82,9 @@ class DataError(ValueError):
         self.problems = problems
 
     def __str__(self) -> str:
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems):,} problems"
-        lines = [f"{self.source}: {count}", *self.problems[:PROBLEMS_SHOWN]]
+        if len(self.problems) == 1:
+            return f"{self.source}: {self.problems[0]}"
+        lines = [f"{self.source}: {len(self.problems):,} problems", *self.problems[:PROBLEMS_SHOWN]]
         if len(self.problems) > PROBLEMS_SHOWN:
             lines.append(f"... and {len(self.problems) - PROBLEMS_SHOWN:,} more")
         return "\n  ".join(lines)

@@ -806,7 +806,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m native_retrieval.demo",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    parser.error = lambda message: parser.exit(2, f"demo: {message}; --help lists all\n")  # without the usage
     parser.add_argument("--smoke", action="store_true", help="little data, a few minutes, results under .cache only")
     settings = SMOKE if parser.parse_args(argv).smoke else FULL
     again = "make smoke" if settings is SMOKE else "make demo"

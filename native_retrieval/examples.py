@@ -189,7 +189,7 @@ def build_examples(
             `variety.py`.
     """
     prompts = [model.build_prompt(messages) for messages in (queries["messages"] if seen is None else seen)]
-    titles = dict(zip(corpus["_id"], corpus["title"], strict=True)) if corpus is not None else {}
+    rows, titles = _rows_and_titles(corpus, queries["gold"]) if corpus is not None else ({}, {})
     texts = [
         rewrite or _with_title(titles.get(gold[0]) if gold else None, last_question(messages))
         for rewrite, gold, messages in zip(queries["rewrite"], queries["gold"], queries["messages"], strict=True)
@@ -212,7 +212,6 @@ def build_examples(
     )
     if corpus is not None:
         examples.documents = teacher.documents(corpus)
-        rows = {document_id: row for row, document_id in enumerate(corpus["_id"])}
         examples.positives = [[rows[document_id] for document_id in gold] for gold in queries["gold"]]
         # A last question alone often names nothing; its document does.
         alone = np.array([not rewrite for rewrite in queries["rewrite"]])
@@ -233,6 +232,19 @@ def build_examples(
     if not online_features and mode != "probe":  # which needs the backbone in every step
         examples.store = FeatureStore.build(model, sequences, cache_dir, progress=f"Hidden states: {name}, {mode}")
     return examples
+
+
+def _rows_and_titles(corpus: Dataset, gold: Sequence[Sequence[str]]) -> tuple[dict[str, int], dict[str, str]]:
+    """Of the documents that are relevant to a query, by id; a corpus may be larger than memory."""
+    wanted = {document_id for document_ids in gold for document_id in document_ids}
+    rows, titles = {}, {}
+    first = 0
+    for batch in corpus.select_columns(["_id", "title"]).iter(batch_size=10_000):
+        for row, (document_id, title) in enumerate(zip(batch["_id"], batch["title"], strict=True), start=first):
+            if document_id in wanted:
+                rows[document_id], titles[document_id] = row, title
+        first += len(batch["_id"])
+    return rows, titles
 
 
 def _with_title(title: str | None, question: str) -> str:

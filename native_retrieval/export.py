@@ -13,7 +13,6 @@ A trained model as a sentence-transformers folder: queries go to the language mo
 Whatever takes a SentenceTransformer takes this: its evaluators, its vector-store integrations, mteb.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers.utils import logging
 
 from modeling_native_retrieval import NativeRetrievalModel
 
+from .cli import CommandParser
 from .integrations.native_query import NativeQuery
 from .loading import load_model
 from .teacher import teacher_of
@@ -62,11 +62,7 @@ def export(model_dir: str | os.PathLike, output_dir: str | os.PathLike, teacher:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m native_retrieval.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("python -m native_retrieval.export", __doc__)
     parser.add_argument("model", help="folder or Hub id of a model that train.py wrote")
     parser.add_argument("output", help="a new folder")
     parser.add_argument("--teacher", help="its teacher, by name or path, if it lies elsewhere than at training")

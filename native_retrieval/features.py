@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
+
+from .files import cache_to_write, is_sealed, seal, sha256, written_whole
 
 IN_MEMORY_BYTES = 2**30
 
@@ -76,7 +79,11 @@ class FeatureStore:
         """
         The states of `sequences` (token ids without padding) under a `NativeRetrievalModel`'s backbone.
 
-        What is on disk already is read; what a stopped run left half done is gone on with.
+        What is on disk already is read; what a stopped run left half done is gone on with; a damaged file is computed
+        anew, which a line on stderr says.
+
+        Raises:
+            `OSError`: if there is no room, or `cache_dir` cannot be written to.
         """
         whole, host = shared_prefixes(sequences)
         lengths = np.array([len(sequences[i]) for i in whole])
@@ -90,71 +97,93 @@ class FeatureStore:
         path = Path(cache_dir) / f"features-{key}.npy"
         if not len(whole):
             return cls(np.empty(shape, dtype=np.int16), starts, own_lengths)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):  # a second process waits here, and then finds the file
-            states = _open(path, shape)
-            if states is None:
-                needed, free = int(np.prod(shape)) * 2, shutil.disk_usage(path.parent).free
-                if needed > free:
-                    raise OSError(
-                        f"hidden states need {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} GB free; "
-                        "free some, set another cache_dir, or train with online_features"
-                    )
-                batches = _batches(lengths, tokens_per_batch)
-                _fill(model, [sequences[i] for i in whole], begins, batches, path, shape, progress)
+        states = _open(path, shape)
+        if states is None:
+            # A second process waits here, and then finds the file.
+            with cache_to_write(cache_dir), FileLock(path.with_suffix(".lock")):
                 states = _open(path, shape)
+                if states is None:
+                    _say_if_damaged(path)
+                    order = np.argsort(-lengths, kind="stable")  # longest first: memory runs out at once or never
+                    whole_sequences = [sequences[i] for i in whole]
+                    _fill(model, whole_sequences, begins, order, tokens_per_batch, path, shape, progress)
+                    states = _mapped(path, shape)
         # A small one is kept in memory: some systems are quick to drop what they have read of a file.
         return cls(np.array(states) if states.nbytes < IN_MEMORY_BYTES else states, starts, own_lengths)
 
 
-def _open(path: Path, shape: tuple[int, ...], mode: str = "r") -> np.ndarray | None:
-    """The array on disk, mapped; None if it is not there or not whole."""
+def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The array on disk, mapped; None if it is not there, or not as it was written."""
+    return _mapped(path, shape) if is_sealed(path) else None
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     try:
-        array = np.load(path, mmap_mode=mode)
+        array = np.load(path, mmap_mode="r")
     except (FileNotFoundError, ValueError, EOFError):
         return None
     return array if array.shape == shape else None
 
 
-def _batches(lengths: np.ndarray, tokens_per_batch: int) -> list[list[int]]:
-    """Neighbours in length, longest first (so that memory runs out at once or never)."""
+def _say_if_damaged(path: Path) -> None:
+    if path.exists():
+        print(f"{path} is damaged or has no checksum beside it, and is computed anew", file=sys.stderr)
+
+
+def _batches(order: np.ndarray, lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Neighbours in an order by length, longest first, as many in each batch as `tokens_per_batch` allows."""
     batches: list[list[int]] = []
-    for i in np.argsort(-lengths, kind="stable"):
+    for i in order:
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens_per_batch:
             batches.append([])
         batches[-1].append(int(i))
     return batches
 
 
-def _fill(model, sequences, begins, batches, path: Path, shape: tuple, progress: str) -> None:
+def _fill(model, sequences, begins, order, tokens_per_batch: int, path: Path, shape: tuple, progress: str) -> None:
     partial, done_file = path.with_suffix(".partial.npy"), path.with_suffix(".partial.json")
-    done = 0
-    states = _open(partial, shape, "r+") if done_file.exists() else None
-    if states is not None:
-        done = json.loads(done_file.read_text())["batches"]
-    else:
+    lengths = [len(sequence) for sequence in sequences]
+    done = _sequences_done(done_file)
+    states = _mapped(partial, shape) if done else None
+    if states is None:
+        done = 0
+        done_file.unlink(missing_ok=True)  # first: it would say of the new file what was true of an old one
+        needed, free = int(np.prod(shape)) * 2, shutil.disk_usage(path.parent).free
+        if needed > free:
+            raise OSError(
+                f"hidden states need {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} GB free; "
+                "free some, set another cache_dir, or train with online_features"
+            )
         states = np.lib.format.open_memmap(partial, mode="w+", dtype=np.int16, shape=shape)
-    total = sum(len(sequences[i]) for batch in batches for i in batch)
-    with tqdm(total=total, desc=progress, unit="token", unit_scale=True) as bar:
-        bar.update(sum(len(sequences[i]) for batch in batches[:done] for i in batch))
-        for number, batch in enumerate(batches[done:], start=done + 1):
+    start, token = states.offset, 2 * int(np.prod(shape[1:]))
+    del states
+    # Written, and not through a map: on a full disk, a map's pages would end the process without a word.
+    with open(partial, "r+b") as file, tqdm(total=sum(lengths), desc=progress, unit="token", unit_scale=True) as bar:
+        bar.update(sum(lengths[i] for i in order[:done]))
+        for number, batch in enumerate(_batches(order[done:], lengths, tokens_per_batch), start=1):
             input_ids, mask = model.pad([list(sequences[i]) for i in batch])
             hidden = model.prefill(input_ids, mask, use_cache=False).hidden_states.to(torch.bfloat16).cpu()
             for row, i in zip(hidden, batch, strict=True):
-                states[begins[i] : begins[i + 1]] = row[-len(sequences[i]) :].contiguous().view(torch.int16).numpy()
-            bar.update(sum(len(sequences[i]) for i in batch))
+                file.seek(start + token * int(begins[i]))
+                file.write(row[-lengths[i] :].contiguous().view(torch.int16).numpy())
+            done += len(batch)
+            bar.update(sum(lengths[i] for i in batch))
             if number % 50 == 0:
-                states.flush()
-                _write_atomically(done_file, json.dumps({"batches": number}))
-    states.flush()
+                file.flush()
+                os.fsync(file.fileno())
+                with written_whole(done_file) as half_done:
+                    half_done.write_text(json.dumps({"sequences": done}))
+    seal(path, sha256(partial))
     os.replace(partial, path)
     done_file.unlink(missing_ok=True)
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def _sequences_done(done_file: Path) -> int:
+    """How many sequences, in the order in which they are computed, a stopped run has left in its half-done file."""
+    try:
+        return json.loads(done_file.read_text())["sequences"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return 0
 
 
 def cached_queries(model, prompts: Sequence[Sequence[int]], cache_dir: str | os.PathLike, batch_size: int = 32):
@@ -166,22 +195,27 @@ def cached_queries(model, prompts: Sequence[Sequence[int]], cache_dir: str | os.
     """
     key = _key(model, prompts, str(model.backbone.dtype), model.config.query_prompt, model.config.max_query_tokens)
     path = Path(cache_dir) / f"queries-{key}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        try:
-            written: dict[str, list[int]] = json.loads(path.read_text())
-        except (FileNotFoundError, ValueError):
-            written = {}
-        order = [i for i in np.argsort([len(prompt) for prompt in prompts], kind="stable") if str(i) not in written]
-        with tqdm(total=len(prompts), initial=len(written), desc="Queries by the backbone", unit="query") as bar:
-            for begin in range(0, len(order), batch_size):
-                rows = order[begin : begin + batch_size]
-                prefill = model.prefill(*model.pad([list(prompts[i]) for i in rows]))
-                written.update(zip(map(str, rows), model.write_queries(prefill)[1], strict=True))
-                bar.update(len(rows))
-                if (begin // batch_size) % 10 == 9 or begin + batch_size >= len(order):
-                    _write_atomically(path, json.dumps(written))
+    written = _written(path)
+    if len(written) < len(prompts):
+        with cache_to_write(cache_dir), FileLock(path.with_suffix(".lock")):
+            written = _written(path)  # another process may have gone on meanwhile
+            if not written:
+                _say_if_damaged(path)
+            order = [i for i in np.argsort([len(p) for p in prompts], kind="stable") if str(i) not in written]
+            with tqdm(total=len(prompts), initial=len(written), desc="Queries by the backbone", unit="query") as bar:
+                for begin in range(0, len(order), batch_size):
+                    rows = order[begin : begin + batch_size]
+                    prefill = model.prefill(*model.pad([list(prompts[i]) for i in rows]))
+                    written.update(zip(map(str, rows), model.write_queries(prefill)[1], strict=True))
+                    bar.update(len(rows))
+                    if (begin // batch_size) % 10 == 9 or begin + batch_size >= len(order):
+                        with written_whole(path, sealed=True) as partial:
+                            partial.write_text(json.dumps(written))
     return [written[str(i)] for i in range(len(prompts))]
+
+
+def _written(path: Path) -> dict[str, list[int]]:
+    return json.loads(path.read_text()) if is_sealed(path) else {}
 
 
 def _key(model, sequences, *settings) -> str:

@@ -3,9 +3,9 @@
 
 import hashlib
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -28,17 +28,14 @@ def written_whole(path: str | os.PathLike, sealed: bool = False) -> Iterator[Pat
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(handle)
-    partial = Path(name)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield partial
         if sealed:
             seal(path, sha256(partial))
         os.replace(partial, path)
     except BaseException:
-        with suppress(FileNotFoundError):
-            partial.unlink()
+        partial.unlink(missing_ok=True)
         raise
 
 
@@ -52,8 +49,28 @@ def is_sealed(path: Path) -> bool:
     """Whether a file is there, with its checksum beside it, and is as it was written."""
     try:
         return _seal_of(path).read_text().strip() == sha256(path)
-    except (FileNotFoundError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError):
         return False
+
+
+@contextmanager
+def cache_to_write(cache_dir: str | os.PathLike) -> Iterator[None]:
+    """
+    Makes a cache's folder, if it is not there, for a block that writes to it.
+
+    Raises:
+        `OSError`: in one line, if it cannot be written to, because it is read-only or full, for example.
+    """
+    try:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is None:  # says already what is wrong
+            raise
+        raise OSError(
+            f"the cache {cache_dir} cannot be written to ({error.strerror}); free some space on that disk, "
+            "or set another cache_dir; what was finished is kept"
+        ) from error
 
 
 def _seal_of(path: Path) -> Path:

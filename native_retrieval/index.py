@@ -4,10 +4,9 @@
 of noise. The FAISS file is memory-mapped, so that opening a large index costs no more than its checksum.
 """
 
-import hashlib
 import json
 import os
-import tempfile
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,10 +14,12 @@ from typing import Any, NoReturn
 import datasets
 import faiss
 import numpy as np
+from filelock import FileLock
 
+from .files import sha256
 from .teacher import same_teacher
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 EXACT_UP_TO = 100_000  # vectors: a scan of these takes some milliseconds; `benchmarks/index.py` has the figures
 APPROXIMATE = ("HNSW32,SQfp16", "efSearch=128")
 REQUIRED_COLUMNS = ("_id", "title", "text")
@@ -43,7 +44,8 @@ class DocumentIndex:
         documents: the documents, memory-mapped, with columns `_id`, `title`, `text`; row i has vector i.
         vectors: the FAISS index.
         info: the content of `index.json`: `format_version`, `teacher_name`, `teacher_fingerprint`, `dimension`,
-            `metric`, `kind` and `search_parameters` (of FAISS), `num_documents`, `checksum` (sha256 of the FAISS file).
+            `metric`, `kind` and `search_parameters` (of FAISS), `num_documents`, and `checksums`: the sha256 of every
+            other file of the index, by its path in the directory.
     """
 
     def __init__(self, documents: datasets.Dataset, vectors: faiss.Index, info: dict[str, Any]) -> None:
@@ -69,7 +71,7 @@ class DocumentIndex:
         kind: tuple[str, str] | None = None,
         overwrite: bool = False,
     ) -> "DocumentIndex":
-        """Writes an index and loads it. The directory appears complete or not at all.
+        """Writes an index and loads it. The directory appears complete or not at all; a second process waits.
 
         Args:
             documents: columns `_id` (unique), `title`, `text`.
@@ -91,38 +93,25 @@ class DocumentIndex:
         check_documents(documents, vectors)
 
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-            staging, replaced = Path(temporary, "new"), Path(temporary, "old")
-            documents.save_to_disk(staging / "documents")
-            factory, search_parameters = kind or default_kind(len(documents))
-            index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-            if "HNSW" in factory:  # FAISS's 40 leaves a few vectors that no search reaches
-                faiss.ParameterSpace().set_index_parameter(index, "efConstruction", 80)
-            if not index.is_trained:
-                index.train(vectors)
-            index.add(vectors)
-            faiss.write_index(index, str(staging / "index.faiss"))
-            del index
-            info = {
-                "format_version": FORMAT_VERSION,
-                "teacher_name": teacher_name,
-                "teacher_fingerprint": teacher_fingerprint,
-                "dimension": vectors.shape[1],
-                "metric": "inner_product",
-                "kind": factory,
-                "search_parameters": search_parameters,
-                "num_documents": len(documents),
-                "checksum": _sha256(staging / "index.faiss"),
-            }
-            (staging / "index.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-            if target.exists():
-                os.replace(target, replaced)
+        aside = target.with_name(f".{target.name}.building")
+        staging, replaced = aside / "new", aside / "old"
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if replaced.exists() and not target.exists():  # a build was killed right between the two renames below
+                os.replace(replaced, target)
+            shutil.rmtree(aside, ignore_errors=True)
+            _check_target(target, overwrite)
             try:
+                staging.mkdir(parents=True)
+                _write(staging, documents, vectors, kind, teacher_fingerprint, teacher_name)
+                if target.exists():
+                    os.replace(target, replaced)
                 os.replace(staging, target)
-            except OSError:
-                if replaced.exists():
+            except BaseException:
+                if replaced.exists() and not target.exists():
                     os.replace(replaced, target)
                 raise
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
         return cls.load(target)
 
     @classmethod
@@ -140,12 +129,22 @@ class DocumentIndex:
                     f"{path} has no {part}, wanted index.json, index.faiss and documents/; "
                     "pass a directory that DocumentIndex.build wrote, or build it again."
                 )
-        info = json.loads((path / "index.json").read_text(encoding="utf-8"))
-        if info["format_version"] != FORMAT_VERSION:
-            _mismatch(f"{path}/index.json: format_version", info["format_version"], FORMAT_VERSION)
-        checksum = _sha256(path / "index.faiss")
-        if checksum != info["checksum"]:
-            _mismatch(f"{path}/index.faiss: truncated or changed, sha256", checksum[:12], info["checksum"][:12])
+        try:
+            info = json.loads((path / "index.json").read_text(encoding="utf-8"))
+            version = info["format_version"]
+        except (ValueError, TypeError, KeyError):  # not JSON, no object, or another one
+            _mismatch(f"{path}/index.json", "not readable", "what DocumentIndex.build writes")
+        if version != FORMAT_VERSION:
+            raise IndexMismatchError(
+                f"{path}/index.json: format_version is {version}, wanted {FORMAT_VERSION}; build it again, "
+                "or open it with the release that wrote it."
+            )
+        # FAISS reads no file that is not vouched for.
+        for name, wanted in {"index.faiss": "", **info["checksums"]}.items():
+            if not (path / name).is_file():
+                _mismatch(f"{path}/{name}", "missing", "as it was written")
+            if (checksum := sha256(path / name)) != wanted:
+                _mismatch(f"{path}/{name}: truncated or changed, sha256", checksum[:12], wanted[:12])
         documents = datasets.load_from_disk(path / "documents")
         if len(documents) != info["num_documents"]:
             _mismatch(f"{path}/documents: number of rows", len(documents), info["num_documents"])
@@ -179,6 +178,46 @@ class DocumentIndex:
         check_model(self.info, config)
 
 
+def _write(
+    folder: Path,
+    documents: datasets.Dataset,
+    vectors: np.ndarray,
+    kind: tuple[str, str] | None,
+    teacher_fingerprint: str,
+    teacher_name: str,
+) -> None:
+    documents.save_to_disk(folder / "documents")
+    factory, search_parameters = kind or default_kind(len(documents))
+    try:
+        index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(f"FAISS knows no index of kind {factory!r}; give one such as {APPROXIMATE[0]!r}") from error
+    if "HNSW" in factory:  # FAISS's 40 leaves a few vectors that no search reaches
+        faiss.ParameterSpace().set_index_parameter(index, "efConstruction", 80)
+    if not index.is_trained:
+        index.train(vectors)
+    index.add(vectors)
+    try:
+        faiss.write_index(index, str(folder / "index.faiss"))
+    except RuntimeError as error:  # a full disk, among others; it spells out the line of C++ too
+        raise OSError(f"{folder}/index.faiss could not be written ({' '.join(str(error).split())})") from error
+    del index
+    info = {
+        "format_version": FORMAT_VERSION,
+        "teacher_name": teacher_name,
+        "teacher_fingerprint": teacher_fingerprint,
+        "dimension": vectors.shape[1],
+        "metric": "inner_product",
+        "kind": factory,
+        "search_parameters": search_parameters,
+        "num_documents": len(documents),
+        "checksums": {
+            path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        },
+    }
+    (folder / "index.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+
 def check_model(info: dict[str, Any], config: Any) -> None:
     """Raises `IndexMismatchError` unless a model with this `NativeRetrievalConfig` may search an index with this `info`."""
     check_teacher(
@@ -193,7 +232,7 @@ def check_model(info: dict[str, Any], config: Any) -> None:
 
 def check_teacher(index_fingerprint: str, index_teacher: str, model_fingerprint: str, model_teacher: str) -> None:
     """Raises `IndexMismatchError`, naming both teachers, if index and model learned from different ones."""
-    if not same_teacher(index_fingerprint, model_fingerprint):
+    if not (model_fingerprint and same_teacher(index_fingerprint, model_fingerprint)):
         raise IndexMismatchError(
             f"The index holds vectors of teacher {index_teacher!r} (fingerprint {index_fingerprint}), but the model "
             f"was trained towards {model_teacher!r} (fingerprint {model_fingerprint}), wanted the same; "
@@ -260,7 +299,7 @@ def check_documents(documents: datasets.Dataset, vectors: np.ndarray) -> None:
                 "drop the duplicate or give it an id of its own."
             )
         seen.add(doc_id)
-    norms = np.linalg.norm(vectors, axis=1)
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))  # np.linalg.norm would make two copies of them all
     bad = np.flatnonzero(~(np.abs(norms - 1.0) <= NORM_TOLERANCE))
     if bad.size:
         row = int(bad[0])
@@ -268,11 +307,3 @@ def check_documents(documents: datasets.Dataset, vectors: np.ndarray) -> None:
             f"The vector of document {ids[row]!r} (row {row}) has norm {norms[row]}, wanted 1; "
             "L2-normalise the vectors, and check that this document has text."
         )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -51,8 +51,12 @@ def load_head(folder: str | os.PathLike) -> NativeRetrievalModel:
         with safe_open(path, "pt") as weights:
             state |= {k: weights.get_tensor(k) for k in weights.keys() if not k.startswith("backbone.")}  # noqa: SIM118
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    if unexpected or any(not key.startswith("backbone.") for key in missing):
-        raise ValueError(f"{folder} holds the weights of another head; save the model again")
+    wrong = [*unexpected, *(key for key in missing if not key.startswith("backbone."))]
+    if wrong:
+        raise ValueError(
+            f"{folder} holds the head of another version of this project ({wrong[0]} does not fit); train it again, or "
+            "install the version that wrote it"
+        )
     model._tokenizer_source = (str(folder), {})
     model.tokenizer  # noqa: B018, read now, and not in the first request
     return model.eval()

@@ -120,9 +120,9 @@ class QdrantIndex:
     def load(cls, client: QdrantClient, collection: str) -> "QdrantIndex":
         """
         Raises:
-            IndexMismatchError: the collection is not ours (see `attach`), or was not finished.
+            IndexMismatchError: the collection is not there, not ours (see `attach`), or was not finished.
         """
-        metadata = client.get_collection(collection).config.metadata or {}
+        metadata = _collection(client, collection).config.metadata or {}
         if metadata.get("format_version") != FORMAT_VERSION:
             raise IndexMismatchError(
                 f"collection {collection!r} does not say whose vectors it holds; QdrantIndex.attach takes it on trust"
@@ -139,7 +139,7 @@ class QdrantIndex:
         cls, client: QdrantClient, collection: str, teacher_fingerprint: str, teacher_name: str
     ) -> "QdrantIndex":
         """A collection that another program has filled with this teacher's vectors; nothing in it is changed."""
-        space = client.get_collection(collection).config.params.vectors
+        space = _collection(client, collection).config.params.vectors
         if not isinstance(space, models.VectorParams):
             raise ValueError(f"collection {collection!r} has several named vectors; a query vector needs a single one")
         info = {"teacher_name": teacher_name, "teacher_fingerprint": teacher_fingerprint, "dimension": space.size}
@@ -172,3 +172,12 @@ class QdrantIndex:
     def check_model(self, config: Any) -> None:
         """Raises `IndexMismatchError` unless a model with this `NativeRetrievalConfig` may search this index."""
         check_model(self.info, config)
+
+
+def _collection(client: QdrantClient, name: str) -> models.CollectionInfo:
+    if not client.collection_exists(name):
+        there = ", ".join(sorted(collection.name for collection in client.get_collections().collections)) or "none"
+        raise IndexMismatchError(
+            f"collection {name!r} does not exist, there is {there}; name one of these, or make it with QdrantIndex.build"
+        )
+    return client.get_collection(name)

@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cli import CommandParser
+from .files import written_whole
 from .metrics import MEASURES, Qrels, Run, paired_bootstrap, per_query, ranks, wins_ties_losses
 
 UPPER_LINE = "human-rewrite"  # needs a person at every turn, so it is never the best deployable method
@@ -136,6 +138,18 @@ def write_json(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         staging = Path(temporary, target.name)
         staging.write_text(text + "\n", encoding="utf-8")
         os.replace(staging, target)
+
+
+def read_result(path: str | os.PathLike[str], *wanted: str) -> dict[str, Any]:
+    """A JSON file with these fields. Raises `ValueError`, naming the file, if it is another one or damaged."""
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file, or a damaged one ({error}); make it again") from error
+    lacking = [name for name in wanted if not isinstance(result, dict) or name not in result]
+    if lacking:
+        raise ValueError(f"{path} has no field {lacking[0]!r}; give a file that train.py, eval.py or a benchmark wrote")
+    return result
 
 
 def print_table(result: Mapping[str, Any]) -> None:
@@ -482,10 +496,11 @@ def fill_tables(markdown: str, root: Path) -> str:
         path = root / match["path"]
         if not path.is_file():
             return match[0]
-        result = json.loads(path.read_text(encoding="utf-8"))
         if match["kind"] == "table":
+            result = read_result(path, "methods", "baseline", "command")
             filled = markdown_table(result)
         else:
+            result = read_result(path, "rows", "command")
             words = match["words"].split()
             only = dict(word.split("=", 1) for word in words if "=" in word)
             filled = rows_table(result["rows"], [word for word in words if "=" not in word], **only)
@@ -495,7 +510,20 @@ def fill_tables(markdown: str, root: Path) -> str:
     return re.sub(pattern, table, markdown, flags=re.DOTALL)
 
 
-if __name__ == "__main__":  # python -m native_retrieval.report README.md
-    for name in sys.argv[1:]:
-        document = Path(name)
-        document.write_text(fill_tables(document.read_text(encoding="utf-8"), document.parent), encoding="utf-8")
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one line on stderr."""
+    parser = CommandParser("python -m native_retrieval.report", "Fills the tables of pages from the result files.")
+    parser.add_argument("pages", nargs="+", help="Markdown files, such as README.md")
+    try:
+        for page in map(Path, parser.parse_args(argv).pages):
+            filled = fill_tables(page.read_text(encoding="utf-8"), page.parent)
+            with written_whole(page) as partial:
+                partial.write_text(filled, encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"report: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,8 +19,10 @@ import os
 import random
 import re
 import shutil
+import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -671,13 +673,15 @@ def check_corpus(corpus: Iterable[dict[str, str]]) -> list[dict[str, str]]:
     if not documents:
         raise ValueError("The corpus is empty: synthesise needs documents to ask about.")
     for number, document in enumerate(documents, start=1):
+        if not isinstance(document, dict):
+            raise ValueError(f"Corpus row {number} is {document!r:.60}: give an object with _id, title and text.")
         missing = [key for key in ("_id", "title", "text") if not isinstance(document.get(key), str)]
         if missing:
-            raise ValueError(f"Corpus row {number} has no string {missing[0]!r}: it has {sorted(document)}.")
+            raise ValueError(f"Corpus row {number} has no string {missing[0]!r}: it has {sorted(document)}; add it.")
         if not document["_id"] or re.search(r"[\t\r\n]", document["_id"]):
             raise ValueError(f"Corpus row {number}: _id {document['_id']!r} is empty or holds a tab or a line break.")
         if document["_id"] in seen:
-            raise ValueError(f"Corpus row {number}: _id {document['_id']!r} occurs twice.")
+            raise ValueError(f"Corpus row {number}: _id {document['_id']!r} occurs twice: drop one of the two.")
         seen.add(document["_id"])
     return documents
 
@@ -770,15 +774,17 @@ def load_corpus(path: str | os.PathLike) -> list[dict[str, str]]:
         raise ValueError(
             f"No corpus at {path}: expected a .jsonl or .jsonl.gz file, or a folder with corpus.jsonl in it."
         )
-    documents = []
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                documents.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number} is not JSON: {error}.") from None
+    documents, number = [], 0
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as lines:
+            for line in lines:
+                number += 1
+                if line.strip():
+                    documents.append(json.loads(line))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {number} is not JSON ({error}); mend it, or leave it out.") from None
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{file}, line {number + 1} cannot be read ({error}); write it as UTF-8.") from None
     return documents
 
 
@@ -795,23 +801,38 @@ class SynthesisArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the split and of the questions."})
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one line on stderr."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    (arguments,) = HfArgumentParser(SynthesisArguments).parse_args_into_dataclasses()
-    generator: Generator = TemplateGenerator(arguments.seed)
+    from .cli import Parser
+
+    groups = {"options": [field.name for field in fields(SynthesisArguments)]}
+    parser = Parser(SynthesisArguments, groups, prog="python -m native_retrieval.synthesis", description=__doc__)
     try:
+        arguments, unused = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unused:
+            raise ValueError(f"{unused[0]!r} belongs to no flag; --help lists all")
+        generator: Generator = TemplateGenerator(arguments.seed)
         corpus = load_corpus(arguments.corpus)
         if arguments.llm is not None:
-            model = AutoModelForCausalLM.from_pretrained(arguments.llm, dtype="auto")
+            try:
+                model = AutoModelForCausalLM.from_pretrained(arguments.llm, dtype="auto")
+                tokenizer = AutoTokenizer.from_pretrained(arguments.llm)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"--llm {arguments.llm} cannot be loaded: {error}") from error
             model.to("cuda" if torch.cuda.is_available() else "cpu")
-            generator = LLMGenerator(model, AutoTokenizer.from_pretrained(arguments.llm), seed=arguments.seed)
+            generator = LLMGenerator(model, tokenizer, seed=arguments.seed)
         counts = synthesise(corpus, arguments.output, generator, arguments.num_conversations, seed=arguments.seed)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    except (ValueError, OSError) as error:
+        print(f"synthesis: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     print(", ".join(f"{name}: {count} queries" for name, count in counts.items()))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,15 +1,16 @@
 """The teacher: the embedding model whose space the document index lives in.
 
 It is needed offline only: for the documents' vectors, for the training targets, and for the rankings to distil. All
-three are computed once and kept on disk under the teacher's fingerprint.
+three are computed once, by as many processes as there are, and kept on disk under the teacher's fingerprint.
 """
 
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +18,11 @@ import faiss
 import numpy as np
 import torch
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
+
+from .files import cache_to_write, is_sealed, written_whole
 
 # Fixed for ever: a teacher is recognised by its vectors of these.
 FINGERPRINT_SENTENCES = (
@@ -33,6 +37,11 @@ FINGERPRINT_SENTENCES = (
 )
 # Half precision and other devices move about 1 % of the 256 bits; another model moves about half of them.
 FINGERPRINT_TOLERANCE = 12
+# Rows computed at a time, whatever the number of processes: what else is in a batch moves the last bits of a vector.
+SHARD_ROWS = 8192
+SEARCHED_AT_ONCE = 1024
+
+Advance = Callable[[int], object]  # told how many more rows are done
 
 
 def same_teacher(a: str, b: str) -> bool:
@@ -62,7 +71,10 @@ class Teacher:
 
         self.name_or_path, self.revision, self.batch_size = name_or_path, revision, batch_size
         self.cache_dir = Path(cache_dir) if cache_dir else None
-        self.model = SentenceTransformer(name_or_path, revision=revision)
+        try:
+            self.model = SentenceTransformer(name_or_path, revision=revision)
+        except (OSError, ValueError) as error:
+            raise OSError(f"the teacher {name_or_path!r} cannot be loaded: {' '.join(str(error).split())}") from error
 
     @property
     def dimension(self) -> int:
@@ -107,16 +119,19 @@ class Teacher:
         Raises:
             `ValueError`: if a vector comes out zero or not finite, naming the text's number.
         """
+        with tqdm(total=len(texts), desc=progress, unit="text", disable=progress is None) as bar:
+            return self._encode(texts, kind, half_precision, bar.update)
+
+    def _encode(
+        self, texts: Sequence[str], kind: str, half_precision: bool, advance: Advance, first: int = 0
+    ) -> np.ndarray:
         encode = self.model.encode_query if kind == "query" else self.model.encode_document
         device = self.model.device.type
         half_precision = half_precision and _computes_in_bfloat16(device)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         chunk = 16 * self.batch_size
-        with (
-            tqdm(total=len(texts), desc=progress, unit="text", disable=progress is None) as bar,
-            torch.autocast(device, torch.bfloat16, enabled=half_precision),
-        ):
+        with torch.autocast(device, torch.bfloat16, enabled=half_precision):
             for begin in range(0, len(order), chunk):
                 rows = order[begin : begin + chunk]
                 vectors[rows] = encode(
@@ -126,30 +141,56 @@ class Teacher:
                     show_progress_bar=False,
                     convert_to_numpy=True,
                 )
-                bar.update(len(rows))
+                advance(len(rows))
         bad = np.flatnonzero(~(np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-2))
         if len(bad):
-            raise ValueError(f"the teacher {self.name_or_path!r} gives text {bad[0]} a zero or non-finite vector")
+            number = first + int(bad[0])
+            raise ValueError(f"the teacher {self.name_or_path!r} gives text {number} a zero or non-finite vector")
         return vectors
 
     def cached(
         self, texts: Sequence[str], kind: Literal["query", "document"], progress: str, half_precision: bool = False
     ) -> np.ndarray:
-        """As [`encode`], memory-mapped from the cache, computed first if it is not there."""
-        key = _key(self.fingerprint, kind, *(["half precision"] if half_precision else []), *texts)
-        return cached_array(
-            self.cache_dir, f"vectors-{key}", lambda: self.encode(texts, kind, progress, half_precision)
-        )
+        """As [`encode`], memory-mapped from the cache, computed first if it is not there; see [`cached_rows`]."""
+        return self._cached(lambda rows: texts[rows], len(texts), kind, progress, half_precision)
 
     def documents(self, corpus: Dataset) -> np.ndarray:
-        """Vectors of a corpus with columns `title` and `text`, float32 `(documents, dimension)`."""
-        return self.cached(document_texts(corpus), "document", "Teacher: documents")
+        """Vectors of a corpus with columns `title` and `text`, float32 `(documents, dimension)`; as [`cached`]."""
+        columns = corpus.select_columns(["title", "text"])
+        return self._cached(lambda rows: document_texts(columns[rows]), len(corpus), "document", "Teacher: documents")
+
+    def _cached(
+        self,
+        read: Callable[[slice], Sequence[str]],
+        num_texts: int,
+        kind: str,
+        progress: str,
+        half_precision: bool = False,
+    ) -> np.ndarray:
+        settings = (self.fingerprint, kind, *(["half precision"] if half_precision else []))
+        texts = (text for rows in _shards(num_texts) for text in read(rows))
+        return cached_rows(
+            self.cache_dir,
+            f"vectors-{_key(chain(settings, texts))}",
+            (num_texts, self.dimension),
+            np.float32,
+            lambda rows, advance: self._encode(read(rows), kind, half_precision, advance, rows.start),
+            progress,
+            "text",
+        )
 
     def ranking(self, targets: np.ndarray, documents: np.ndarray, k: int = 128) -> np.ndarray:
         """The `k` documents nearest to each target, best first, int32 `(targets, k)`; `k` is at most all of them."""
         k = min(k, len(documents))
-        key = _key(self.fingerprint, str(k), _array_key(targets), _array_key(documents))
-        return cached_array(self.cache_dir, f"ranking-{key}", lambda: search(documents, targets, k)[1].astype(np.int32))
+        return cached_rows(
+            self.cache_dir,
+            f"ranking-{_key((self.fingerprint, str(k), _array_key(targets), _array_key(documents)))}",
+            (len(targets), k),
+            np.int32,
+            lambda rows, advance: search(documents, targets[rows], k, advance)[1].astype(np.int32),
+            "Ranking",
+            "query",
+        )
 
 
 def teacher_of(config, name_or_path: str | None = None, **settings) -> Teacher:
@@ -181,48 +222,147 @@ def _computes_in_bfloat16(device: str) -> bool:
     return device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def document_texts(corpus: Dataset) -> list[str]:
+def document_texts(corpus: Dataset | Mapping[str, Sequence[str]]) -> list[str]:
     """What is embedded of a document: its title, then its text."""
     return [f"{title} {text}".strip() for title, text in zip(corpus["title"], corpus["text"], strict=True)]
 
 
-def search(documents: np.ndarray, queries: np.ndarray, k: int, progress: str | None = "Ranking") -> tuple:
-    """Exact inner-product search: scores and rows, both `(queries, k)`."""
-    index = faiss.IndexFlatIP(documents.shape[1])
-    index.add(np.ascontiguousarray(documents))
-    parts = []
-    with tqdm(total=len(queries), desc=progress, unit="query", disable=progress is None) as bar:
-        for begin in range(0, len(queries), 1024):
-            parts.append(index.search(np.ascontiguousarray(queries[begin : begin + 1024]), k))
-            bar.update(len(parts[-1][0]))
+def search(
+    documents: np.ndarray, queries: np.ndarray, k: int, advance: Advance | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exact inner-product search: scores and rows, best first, both `(queries, k)`. The documents are not copied."""
+    documents, parts = np.ascontiguousarray(documents), []
+    for begin in range(0, len(queries), SEARCHED_AT_ONCE):
+        some = np.ascontiguousarray(queries[begin : begin + SEARCHED_AT_ONCE])
+        parts.append(faiss.knn(some, documents, k, metric=faiss.METRIC_INNER_PRODUCT))
+        if advance:
+            advance(len(some))
     scores, rows = zip(*parts, strict=True)
     return np.concatenate(scores), np.concatenate(rows)
 
 
-def cached_array(cache_dir: Path | None, name: str, compute) -> np.ndarray:
-    """`compute()`, kept in `cache_dir/name.npy` and memory-mapped from there; a damaged file is computed anew."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cached_rows(
+    cache_dir: Path | None,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: type,
+    compute: Callable[[slice, Advance], np.ndarray],
+    progress: str | None = None,
+    unit: str = "row",
+) -> np.ndarray:
+    """
+    An array that is computed in shards of its rows, kept in `cache_dir/name.npy` and memory-mapped from there.
+
+    Processes that make the same call share the work, whether one launcher has started them or not: each takes the next
+    shard that nobody is at, and all return when the whole is there. A stopped run leaves its shards to the next. What is
+    not as it was written, by its checksum, is computed anew. Memory holds a shard at a time.
+
+    Args:
+        cache_dir (`Path`, *optional*): on a file system that the processes share; without it nothing is kept.
+        shape, dtype: of the whole array, `shape[0]` rows.
+        compute (`Callable`): the rows of a slice; it may call its second argument with the number of rows just done.
+        progress (`str`, *optional*): the name on the progress bar, which the first process of a launcher shows for all.
+
+    Raises:
+        `OSError`: if `cache_dir` cannot be written to.
+    """
+    shards = _shards(shape[0])
+    bar = {"total": shape[0], "desc": progress, "unit": unit, "disable": progress is None or not _is_first_process()}
     if cache_dir is None:
-        return compute()
+        array = np.empty(shape, dtype)
+        with tqdm(**bar) as shown:
+            for rows in shards:
+                array[rows] = compute(rows, shown.update)
+        return array
     path = cache_dir / f"{name}.npy"
-    try:
-        return np.load(path, mmap_mode="r")
-    except (FileNotFoundError, ValueError, EOFError):
-        pass
-    array = compute()
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    # Two processes may both be here: each writes a file of its own, and the rename is atomic.
-    handle, partial = tempfile.mkstemp(dir=cache_dir, suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, array)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    if not is_sealed(path):
+        with cache_to_write(cache_dir):
+            _fill(path, shards, shape, dtype, compute, bar)
     return np.load(path, mmap_mode="r")
 
 
-def _key(*parts: str) -> str:
+def _fill(
+    path: Path, shards: list[slice], shape: tuple[int, ...], dtype: type, compute: Callable, bar: Mapping
+) -> None:
+    lock = FileLock(path.with_suffix(".lock"))
+    with lock:
+        if path.exists() and not is_sealed(path):
+            _say_damaged(path)
+            path.unlink()
+    while not path.exists():
+        with tqdm(**bar) as shown:
+            _compute_shards(path, shards, compute, shown)
+        with lock:
+            if not path.exists():
+                _join_shards(path, shards, shape, dtype)
+    # Each process does, as one that was late has made a lock anew.
+    for left in chain(path.parent.glob(f"{path.stem}.[0-9]*"), path.parent.glob(f".{path.stem}.*.partial")):
+        left.unlink(missing_ok=True)
+
+
+def _compute_shards(path: Path, shards: list[slice], compute: Callable, bar: tqdm) -> None:
+    """Returns when every shard is there, or the whole, by whichever process."""
+
+    def finished() -> int:
+        there = [rows for rows in shards if _shard(path, rows).exists()]
+        return shards[-1].stop if path.exists() else sum(rows.stop - rows.start for rows in there)
+
+    bar.update(finished())
+    for wait in (False, True):  # first what nobody is at; then what others were at, if they have left it undone
+        for rows in shards:
+            if path.exists():
+                break
+            shard = _shard(path, rows)
+            try:
+                held = FileLock(shard.with_suffix(".lock"), blocking=wait).acquire()
+            except Timeout:
+                continue
+            with held:
+                if not path.exists() and not shard.exists():
+                    array = compute(rows, bar.update)
+                    with written_whole(shard, sealed=True) as partial, partial.open("wb") as file:
+                        np.save(file, array)
+            bar.update(finished() - bar.n)
+    bar.update(finished() - bar.n)
+
+
+def _join_shards(path: Path, shards: list[slice], shape: tuple[int, ...], dtype: type) -> None:
+    """Writes the whole unless a shard is damaged, which is then gone."""
+    damaged = [shard for rows in shards if not is_sealed(shard := _shard(path, rows))]
+    for shard in damaged:
+        _say_damaged(shard)
+        shard.unlink(missing_ok=True)
+    if damaged:
+        return
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    with written_whole(path, sealed=True) as partial, partial.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for rows in shards:
+            file.write(np.load(_shard(path, rows)).data)
+
+
+def _shards(num_rows: int) -> list[slice]:
+    return [slice(begin, min(begin + SHARD_ROWS, num_rows)) for begin in range(0, num_rows, SHARD_ROWS)]
+
+
+def _shard(path: Path, rows: slice) -> Path:
+    return path.with_suffix(f".{rows.start:012d}.npy")
+
+
+def _say_damaged(path: Path) -> None:
+    print(f"{path} is not as it was written (another checksum, or none), and is computed again", file=sys.stderr)
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # what torchrun and accelerate launch set
+
+
+def _key(parts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(json.dumps(part).encode())

@@ -2,17 +2,24 @@
 
 import json
 import os
+import shutil
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from huggingface_hub import CommitInfo
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import EvalPrediction, ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -141,6 +148,8 @@ class NativeRetrievalTrainer(Trainer):
         self._evaluated: RetrievalExamples | None = None
         # A Trainer would otherwise read the loss's normalisation off forward's signature.
         self.model_accepts_loss_kwargs = False
+        if self.is_fsdp_enabled:  # which would round the query vectors too; autocast does what it does on one device
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
     def create_optimizer(self, *args, **kwargs):
         """As in transformers, with a learning rate of their own for the vectors of the vocabulary."""
@@ -259,9 +268,10 @@ class NativeRetrievalTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         parts = getattr(dataset, "datasets", [dataset])
         lengths = [length for part in parts for length in part.lengths]
-        generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch, lengths=lengths, generator=generator)
+        return _GroupedByLength(
+            batch, lengths, self.args.data_seed or self.args.seed, lambda: int(self.state.epoch or 0)
+        )
 
     # -- dev metrics --------------------------------------------------------------------------------------------------
 
@@ -299,21 +309,60 @@ class NativeRetrievalTrainer(Trainer):
     # -- what is saved ------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves a whole model; but checkpoints hold the head alone, as the backbone never changes."""
+        """
+        Saves a whole model; but checkpoints hold the head alone, as the backbone never changes.
+
+        Stopped at any moment, the folder holds the model of before, or one without a `config.json`, which nothing takes
+        for a model, or the new one.
+        """
         folder = Path(output_dir or self.args.output_dir)
-        is_checkpoint = _internal_call and output_dir is not None
-        if not is_checkpoint or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super().save_model(output_dir, _internal_call=True)  # a push is a step of its own
-            if self.args.should_save:  # a pickle, and with the Hub's token in it
+        if _internal_call and output_dir is not None:
+            return self._save_head(folder)
+        aside = folder / "_saving"
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        with _room_for(f"the model {folder}"):
+            super().save_model(str(aside), _internal_call=True)  # a push is a step of its own
+        if self.args.should_save:
+            (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle, and with the Hub's token in it
+            _replace_model(aside, folder)
+
+    def _save_head(self, folder: Path) -> None:
+        if self.is_deepspeed_enabled:
+            super().save_model(str(folder), _internal_call=True)
+            if self.args.should_save:
                 (folder / "training_args.bin").unlink(missing_ok=True)
-        elif self.args.should_save:
+            return
+        state = self.accelerator.unwrap_model(self.model).state_dict()
+        state = {k: v for k, v in state.items() if not k.startswith("backbone.")}
+        # Under FSDP each device has a part of a weight, and all of them take part in putting it together.
+        state = {k: (v.full_tensor() if isinstance(v, DTensor) else v).contiguous() for k, v in state.items()}
+        if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            state = self.accelerator.unwrap_model(self.model).state_dict()
-            state = {k: v.contiguous() for k, v in state.items() if not k.startswith("backbone.")}
-            try:
-                safetensors.torch.save_file(state, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-            except safetensors.SafetensorError as error:  # a full disk comes as this
-                raise OSError(f"the checkpoint {folder} could not be written ({error}); --resume goes on") from error
+            safetensors.torch.save_file(state, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        sharded = type(model)
+        if isinstance(model, FSDPModule):  # FSDP's class, whose name and code would be saved for the model's
+            model.__class__ = sharded.__bases__[-1]
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            model.__class__ = sharded
+
+    def _save_checkpoint(self, model, trial):
+        with _room_for(f"the checkpoint of step {self.state.global_step} in {self.args.output_dir}"):
+            super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # As in transformers, without the whole model beside them.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def push_to_hub(
         self,
@@ -345,12 +394,12 @@ class NativeRetrievalTrainer(Trainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_head(resume_from_checkpoint)
 
     def _load_best_model(self):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             return super()._load_best_model()
         self._load_head(self.state.best_model_checkpoint)
 
@@ -360,7 +409,12 @@ class NativeRetrievalTrainer(Trainer):
             state = safetensors.torch.load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"checkpoint {path} cannot be read ({error}); resume from an older one") from error
-        missing, unexpected = self.accelerator.unwrap_model(self.model).load_state_dict(state, strict=False)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled:
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            missing, unexpected = set_model_state_dict(model, state, options=options)
+        else:
+            missing, unexpected = model.load_state_dict(state, strict=False)
         missing = [key for key in missing if not key.startswith("backbone.")]
         if missing or unexpected:
             raise ValueError(
@@ -399,3 +453,39 @@ class NativeRetrievalTrainer(Trainer):
         }
         (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
         write_model_card(folder, results)
+
+
+class _GroupedByLength(LengthGroupedSampler):
+    """Draws an epoch's order from the seed and the epoch's number, so that a resumed run has the orders of one at a stretch."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed)
+        for _ in range(self.epoch()):
+            torch.randperm(len(self.lengths), generator=self.generator)  # what an epoch before has drawn
+        return super().__iter__()
+
+
+@contextmanager
+def _room_for(what: str) -> Iterator[None]:
+    """A full disk comes as the error of whichever library was writing."""
+    try:
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"{what} could not be written ({reason}); free some space, and --resume goes on") from error
+
+
+def _replace_model(new: Path, folder: Path) -> None:
+    """Moves a saved model's files in the place of another's. `config.json`, which makes it a model, goes first and comes last."""
+    (folder / "config.json").unlink(missing_ok=True)
+    for weights in folder.glob("model*.safetensors*"):  # another number of files would leave some of them
+        weights.unlink()
+    for part in sorted(new.iterdir(), key=lambda part: part.name == "config.json"):
+        if part.is_dir():
+            shutil.rmtree(folder / part.name, ignore_errors=True)
+        os.replace(part, folder / part.name)
+    new.rmdir()

@@ -1,17 +1,26 @@
-"""One epoch without learning for each case: writes the steps' losses and gradients, averaged over the devices."""
+"""
+One epoch without learning for each case: writes the steps' losses and gradients, averaged over the devices, and the
+teacher's vectors and rankings, which the devices share.
+"""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_native_retrieval import NativeRetrievalModel
+from native_retrieval import teacher as teacher_module
 from native_retrieval.data import load_task
 from native_retrieval.examples import build_examples
 from native_retrieval.teacher import Teacher
 from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
+
+if "ACCELERATE_USE_FSDP" in os.environ:
+    import fsdp_on_cpu  # noqa: F401
 
 backbone_dir, teacher_dir, data, output, batch_size, cases = sys.argv[1:]
 
@@ -22,14 +31,20 @@ class Recorder(NativeRetrievalTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         named = self.accelerator.unwrap_model(model).named_parameters()
-        gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
+        gradients = {name: whole(p.grad) for name, p in named if p.grad is not None}
         steps.append({"loss": self.accelerator.reduce(loss.detach(), "mean"), "gradients": gradients})
         return loss
 
 
+def whole(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+
+
 steps: list[dict] = []
 torch.manual_seed(0)
-teacher = Teacher(teacher_dir)
+folder, result = Path(output).parent, {}
+teacher_module.SHARD_ROWS = 4  # enough shards for both
+teacher = Teacher(teacher_dir, cache_dir=folder / "teacher")
 model = NativeRetrievalModel.from_backbone(
     AutoModelForCausalLM.from_pretrained(backbone_dir),
     teacher,
@@ -41,7 +56,6 @@ model = NativeRetrievalModel.from_backbone(
     max_query_tokens=8,
 )
 task = load_task(data, "train")
-folder, result = Path(output).parent, {}
 for name, (count, (alignment, contrastive, rank)) in json.loads(cases).items():
     queries = task.queries.select(range(count))
     examples = build_examples(

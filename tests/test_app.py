@@ -156,6 +156,38 @@ def answered(browser, count: int):
     return wait(lambda: len(said(browser, "bot")) == count and said(browser, "bot")[-1] not in ("", "…"))
 
 
+@pytest.mark.slow
+def test_two_hundred_users_at_once_some_of_whom_leave(address, parts):
+    """Each is answered rightly or told that the queue is full, one in three cancels; then the page goes on."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    gradio_client = pytest.importorskip("gradio_client")
+    model, _, index = parts
+    questions = [f"When was {place} founded?" for place, *_ in PLACES]
+    wanted = [index.documents[int(index.search(model.embed_query(q), 1)[1][0, 0])]["title"] for q in questions]
+
+    def ask(i: int, client) -> str:
+        job = client.submit(questions[i % 10], [], api_name="/turn")
+        if i % 3 == 0:
+            time.sleep(0.05 * (i % 7))
+            job.cancel()
+            return "left"
+        try:
+            job.result(timeout=300)
+        except Exception as error:  # the client's own differ by where the refusal came
+            return "full" if "full" in str(error).lower() else str(error)
+        return "right" if job.outputs()[0][2]["data"][0][0] == wanted[i % 10] else "wrong"
+
+    with ThreadPoolExecutor(8) as pool:
+        patient = {"verbose": False, "httpx_kwargs": {"timeout": 300}}
+        clients = list(pool.map(lambda _: gradio_client.Client(address, **patient), range(200)))
+    with ThreadPoolExecutor(200) as pool:
+        answers = list(pool.map(ask, range(200), clients))
+    assert set(answers) <= {"right", "full", "left"}, answers
+    assert answers.count("right") >= 40
+    assert ask(1, clients[0]) == "right"
+
+
 @needs_browser
 def test_a_turn_shows_both_ways_side_by_side_and_survives_a_refresh(browsers):
     browser = browsers()

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from fuzz import check_folder, folders
 from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -605,6 +606,12 @@ def test_noise_raises_nothing_but_data_errors(noise: str | bytes, ending: str, z
                 load(*arguments)
             except DataError as error:
                 assert error.problems
+
+
+@few
+@given(folders())
+def test_a_damaged_folder_raises_nothing_but_data_errors(files: dict[str, bytes]) -> None:
+    check_folder(files)
 
 
 # The research slices, where they are at hand

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY, write_beir_folder
 
 # An even number of queries; last batches that fill one device in part, and both in part. Weights: alignment, contrastive,
@@ -20,15 +22,26 @@ CASES = {
 }
 
 
-def steps(processes: int, folder, *sources) -> dict[str, list[dict]]:
+# As accelerate sets it from configs/accelerate/fsdp2.yaml.
+SPREAD = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+def steps(processes: int, folder, *sources, cases=CASES, environment=()) -> dict[str, list[dict]]:
     folder.mkdir()
     # What `accelerate launch` starts on several GPUs; for CPUs it would want MPI.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes > 1 else []
-    words = [*launch, "tests/distributed_step.py", *sources, folder / "steps.pt", 8 // processes, json.dumps(CASES)]
+    words = [*launch, "tests/distributed_step.py", *sources, folder / "steps.pt", 8 // processes, json.dumps(cases)]
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **dict(environment)},
         capture_output=True,
         text=True,
         timeout=240,
@@ -38,9 +51,13 @@ def steps(processes: int, folder, *sources) -> dict[str, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def runs(backbone_dir, teacher_dir, tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def runs(folder, backbone_dir, teacher_dir):
     """With one process and with two; two of the queries share their document, and lie in batches of different devices."""
-    folder = tmp_path_factory.mktemp("distributed")
     data = write_beir_folder(folder / "beir")
     qrels = data / "qrels" / "train.tsv"
     lines = qrels.read_text().splitlines()
@@ -53,9 +70,36 @@ def runs(backbone_dir, teacher_dir, tmp_path_factory):
 def test_two_processes_equal_one_with_the_whole_batch(case, runs):
     one, two = (run[case] for run in runs)
     assert len(one) == len(two) == -(-CASES[case][0] // 8)
+    check_equal(one, two)
+
+
+def check_equal(one: list[dict], two: list[dict]) -> None:
     for single, double in zip(one, two, strict=True):
         assert double["loss"].item() == pytest.approx(single["loss"].item(), rel=1e-4)
         assert single["gradients"].keys() == double["gradients"].keys() and single["gradients"]
         for name, gradient in single["gradients"].items():
             scale = gradient.abs().max().clamp(min=1e-6)
             assert torch.allclose(double["gradients"][name] / scale, gradient / scale, atol=1e-4), name
+
+
+@pytest.mark.slow
+def test_weights_that_are_spread_over_the_processes_change_nothing(runs, folder, backbone_dir, teacher_dir):
+    case = "all losses, last batch of 3"
+    spread = steps(
+        2, folder / "fsdp", backbone_dir, teacher_dir, folder / "beir", cases={case: CASES[case]}, environment=SPREAD
+    )
+    check_equal(runs[0][case], spread[case])
+
+
+def test_two_processes_write_the_teachers_files_that_one_writes(runs, folder):
+    one, two = ({path.name: path.read_bytes() for path in (folder / n / "teacher").iterdir()} for n in "12")
+    assert sum(name.endswith(".npy") for name in one) > 2
+    assert one == two
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("configs/accelerate/*.yaml")), ids=lambda path: path.stem)
+def test_a_configuration_is_one_of_accelerates(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 8
+    options = {option.dest for option in launch_command_parser()._actions}
+    assert not set(config.fsdp_config or config.deepspeed_config) - options

@@ -39,7 +39,7 @@ def test_the_terminal_agent_answers_and_ends_with_an_empty_line(made):
 
 def test_the_terminal_agent_says_what_is_missing(tmp_path):
     done = run("agent.py", [str(tmp_path / "nowhere"), str(tmp_path)])
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("agent.py: ")
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("agent.py: ")
     assert "Traceback" not in done.stderr
 
 

@@ -1,3 +1,6 @@
+import json
+import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_native_retrieval import NativeRetrievalModel
-from native_retrieval.features import FeatureStore, shared_prefixes
+from native_retrieval.features import FeatureStore, cached_queries, shared_prefixes
 
 # Few different tokens, so that prefixes and duplicates are common.
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), max_size=12)
@@ -196,3 +199,119 @@ def test_a_full_disk_is_named_before_anything_is_written(
         FeatureStore.build(tiny_model, sequences, tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
     assert not list(tmp_path.glob("*.npy"))
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_byte_is_told_and_computed_anew(
+    tiny_model: NativeRetrievalModel, sequences: list[list[int]], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    FeatureStore.build(tiny_model, sequences, tmp_path)
+    (path,) = tmp_path.glob("*.npy")
+    whole = path.read_bytes()
+    capsys.readouterr()
+    flip_a_byte(path)
+    assert_states(FeatureStore.build(tiny_model, sequences, tmp_path), tiny_model, sequences)
+    assert path.read_bytes() == whole
+    assert [line for line in capsys.readouterr().err.splitlines() if str(path) in line and "computed anew" in line]
+
+
+def test_a_flipped_byte_in_the_written_queries_is_told_and_computed_anew(
+    tiny_model: NativeRetrievalModel, sequences: list[list[int]], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    wanted = cached_queries(tiny_model, sequences, tmp_path)
+    (path,) = tmp_path.glob("queries-*.json")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "0": [1, 2, 3]}))  # JSON still, and the wrong query
+    assert cached_queries(tiny_model, sequences, tmp_path) == wanted
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
+def test_what_is_finished_is_read_without_writing(
+    tiny_model: NativeRetrievalModel, sequences: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    FeatureStore.build(tiny_model, sequences, tmp_path)
+    queries = cached_queries(tiny_model, sequences, tmp_path)
+    monkeypatch.setattr("native_retrieval.features.FileLock", None)  # the first thing that would be written
+    before = tmp_path.stat().st_mtime_ns
+    assert_states(FeatureStore.build(tiny_model, sequences, tmp_path), tiny_model, sequences)
+    assert cached_queries(tiny_model, sequences, tmp_path) == queries
+    assert tmp_path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("what", [FeatureStore.build, cached_queries])
+def test_a_cache_that_cannot_be_written_to_is_named(
+    tiny_model: NativeRetrievalModel, sequences: list[list[int]], tmp_path: Path, what: Callable
+):
+    cache = tmp_path / "cache"
+    if os.geteuid():
+        cache.mkdir(mode=0o555)
+    else:  # who may write everywhere, but not into a file's folder
+        cache.write_text("")
+    with pytest.raises(OSError, match="cannot be written to.*set another cache_dir") as error:
+        what(tiny_model, sequences, cache)
+    assert "\n" not in str(error.value) and str(cache) in str(error.value)
+
+
+def test_a_disk_that_fills_up_is_named_and_what_was_done_is_gone_on_with(
+    tiny_model: NativeRetrievalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sequences = [[10 + i, 11, 12, 13 + i % 5] for i in range(120)]
+    whole = FeatureStore.build(tiny_model, sequences, tmp_path / "whole", tokens_per_batch=4)
+    prefill, passed = tiny_model.prefill, 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk(*args, **kwargs):
+        nonlocal passed
+        passed += 1
+        if passed == 60:  # what is written beyond fails, as on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        return prefill(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_model, "prefill", fill_the_disk)
+        try:
+            with pytest.raises(OSError, match="cannot be written to.*free some space") as error:
+                FeatureStore.build(tiny_model, sequences, tmp_path / "full", tokens_per_batch=4)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(error.value)
+    counted = Counted(tiny_model, monkeypatch)
+    store = FeatureStore.build(tiny_model, sequences, tmp_path / "full", tokens_per_batch=4)
+    assert all(torch.equal(store[i], whole[i]) for i in range(len(sequences)))
+    assert counted.calls == 70
+
+
+def test_what_was_half_done_is_gone_on_with_in_batches_of_another_size(
+    tiny_model: NativeRetrievalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sequences = [[10 + i, 11, 12, 13 + i % 5] for i in range(120)]
+    with monkeypatch.context() as patch:
+        Counted(tiny_model, patch, 75)
+        with pytest.raises(KeyboardInterrupt):
+            FeatureStore.build(tiny_model, sequences, tmp_path, tokens_per_batch=4)
+    store = FeatureStore.build(tiny_model, sequences, tmp_path, tokens_per_batch=40)
+    assert_states(store, tiny_model, sequences)
+
+
+def test_what_was_done_of_an_earlier_file_is_not_believed_of_a_new_one(
+    tiny_model: NativeRetrievalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Killed after the file had its name, and before the note beside it went; then the file was damaged.
+    sequences = [[10 + i, 11, 12, 13 + i % 5] for i in range(120)]
+    FeatureStore.build(tiny_model, sequences, tmp_path, tokens_per_batch=4)
+    (path,) = tmp_path.glob("*.npy")
+    path.with_suffix(".partial.json").write_text(json.dumps({"sequences": 100}))
+    flip_a_byte(path)
+    with monkeypatch.context() as patch:
+        Counted(tiny_model, patch, 10)
+        with pytest.raises(KeyboardInterrupt):
+            FeatureStore.build(tiny_model, sequences, tmp_path, tokens_per_batch=4)
+    assert_states(FeatureStore.build(tiny_model, sequences, tmp_path, tokens_per_batch=4), tiny_model, sequences)

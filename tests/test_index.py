@@ -1,6 +1,8 @@
 """The document index: round trip, exact search, and every way in which it refuses."""
 
 import json
+import resource
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +10,7 @@ import datasets
 import faiss
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from native_retrieval import index as index_module
 from native_retrieval.index import DocumentIndex, IndexMismatchError, check_teacher
@@ -45,6 +48,11 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
+def names_beside(directory: Path) -> list[str]:
+    """What lies in its parent, but for the lock, which stays."""
+    return [part.name for part in directory.parent.iterdir() if part.suffix != ".lock"]
+
+
 def assert_one_line(error: pytest.ExceptionInfo) -> None:
     assert "\n" not in str(error.value)
 
@@ -58,7 +66,7 @@ def test_round_trip(directory: Path):
     assert (index.info["dimension"], index.info["num_documents"]) == (DIMENSION, NUM_DOCUMENTS)
     assert index.info == json.loads((directory / "index.json").read_text())
     assert sorted(part.name for part in directory.iterdir()) == ["documents", "index.faiss", "index.json"]
-    assert [part.name for part in directory.parent.iterdir()] == ["index"], "nothing temporary is left"
+    assert names_beside(directory) == ["index"], "nothing temporary is left"
 
 
 def test_search_is_exact(directory: Path):
@@ -180,7 +188,7 @@ def test_overwriting(directory: Path):
     assert_one_line(error)
     build(directory, documents=make_documents(3), vectors=make_vectors(3), overwrite=True)
     assert len(DocumentIndex.load(directory)) == 3
-    assert [part.name for part in directory.parent.iterdir()] == ["index"]
+    assert names_beside(directory) == ["index"]
 
 
 def test_a_directory_that_is_no_index_is_never_replaced(tmp_path: Path):
@@ -200,11 +208,11 @@ def test_a_build_that_fails_leaves_the_old_index(directory: Path, monkeypatch: p
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(index_module, "_sha256", fail)
+        patch.setattr(index_module, "sha256", fail)
         with pytest.raises(OSError, match="disk full"):
             build(directory, documents=make_documents(3), vectors=make_vectors(3), overwrite=True)
     assert len(DocumentIndex.load(directory)) == NUM_DOCUMENTS
-    assert [part.name for part in directory.parent.iterdir()] == ["index"]
+    assert names_beside(directory) == ["index"]
 
 
 def test_other_teacher_is_refused_naming_both(directory: Path):
@@ -239,5 +247,93 @@ def test_a_large_index_is_a_graph_and_finds_almost_all(tmp_path: Path, monkeypat
 def test_an_index_of_an_earlier_format_says_to_build_again(directory: Path):
     info = json.loads((directory / "index.json").read_text())
     (directory / "index.json").write_text(json.dumps(info | {"format_version": 1}))
-    with pytest.raises(IndexMismatchError, match="format_version is 1, wanted 2; .* build it again"):
+    with pytest.raises(IndexMismatchError, match="format_version is 1, wanted 3; build it again"):
         DocumentIndex.load(directory)
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["index.faiss", "documents/data-00000-of-00001.arrow", "documents/state.json"])
+def test_a_part_that_was_edited_is_named(directory: Path, part: str):
+    content = bytearray((directory / part).read_bytes())
+    content[len(content) // 2] ^= 1
+    (directory / part).write_bytes(content)
+    with pytest.raises(IndexMismatchError, match=rf"{part}: truncated or changed.*build it again") as error:
+        DocumentIndex.load(directory)
+    assert_one_line(error)
+
+
+def test_other_documents_are_refused_though_they_are_as_many(directory: Path, tmp_path: Path):
+    build(tmp_path / "other", documents=make_documents().map(lambda row: {"text": row["text"].replace("1", "2")}))
+    for path in (tmp_path / "other" / "documents").iterdir():
+        path.replace(directory / "documents" / path.name)
+    with pytest.raises(IndexMismatchError, match="documents/.*changed"):
+        DocumentIndex.load(directory)
+
+
+def test_a_part_that_is_gone_is_named(directory: Path):
+    (directory / "documents" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(IndexMismatchError, match=r"arrow is missing") as error:
+        DocumentIndex.load(directory)
+    assert_one_line(error)
+
+
+def test_what_a_user_adds_is_no_damage(directory: Path):
+    mapped = DocumentIndex.load(directory).documents.map(lambda row: {"length": len(row["text"])})  # keeps a file there
+    assert mapped["length"][0] == 6 and len(DocumentIndex.load(directory)) == NUM_DOCUMENTS
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null"])
+def test_index_json_that_cannot_be_read(directory: Path, content: str):
+    (directory / "index.json").write_text(content)
+    with pytest.raises(IndexMismatchError, match=r"index\.json is not readable") as error:
+        DocumentIndex.load(directory)
+    assert_one_line(error)
+
+
+def test_faiss_reads_nothing_that_has_no_checksum(directory: Path, monkeypatch: pytest.MonkeyPatch):
+    info = json.loads((directory / "index.json").read_text())
+    del info["checksums"]["index.faiss"]
+    (directory / "index.json").write_text(json.dumps(info))
+    monkeypatch.setattr("faiss.read_index", None)
+    with pytest.raises(IndexMismatchError, match=r"index\.faiss"):
+        DocumentIndex.load(directory)
+
+
+def test_what_a_killed_build_left_is_put_back_or_cleared(directory: Path):
+    # Killed between the two renames: the old one is aside, and the new one not yet in its place.
+    aside = directory.parent / ".index.building"
+    aside.mkdir()
+    directory.rename(aside / "old")
+    (aside / "new").mkdir()
+    with pytest.raises(FileExistsError, match="already holds an index"):
+        build(directory)
+    assert len(DocumentIndex.load(directory)) == NUM_DOCUMENTS
+    assert names_beside(directory) == ["index"]
+
+
+def test_a_second_build_waits_for_the_first(tmp_path: Path):
+    with FileLock(tmp_path / ".index.lock"):
+        second = threading.Thread(target=build, args=(tmp_path / "index",))
+        second.start()
+        second.join(0.3)
+        assert second.is_alive() and names_beside(tmp_path / "index") == []
+    second.join(30)
+    assert len(DocumentIndex.load(tmp_path / "index")) == NUM_DOCUMENTS
+
+
+@pytest.mark.parametrize(("rows", "width"), [(9000, 8), (40, 5000)], ids=["documents", "vectors"])
+def test_a_full_disk_is_one_line_and_leaves_the_old_index(directory: Path, rows: int, width: int):
+    vectors = np.zeros((rows, width), dtype=np.float32)
+    vectors[:, 0] = 1
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # what is written beyond fails, as on a full disk
+    try:
+        with pytest.raises(OSError) as error:
+            build(directory, documents=make_documents(rows), vectors=vectors, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_one_line(error)
+    assert len(DocumentIndex.load(directory)) == NUM_DOCUMENTS
+    assert names_beside(directory) == ["index"]

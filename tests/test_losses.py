@@ -82,11 +82,13 @@ def test_contrastive_by_hand(temperature: float, wanted: float):
     assert value(loss) == pytest.approx(wanted, abs=1e-6)
 
 
-def test_contrastive_with_hard_negatives_by_hand():
+@pytest.mark.parametrize(("temperature", "wanted"), [(1.0, 0.706720), (0.5, 0.499084)])
+def test_contrastive_with_hard_negatives_by_hand(temperature: float, wanted: float):
     negatives = torch.tensor([[[0.0, 4.0]], [[0.0, 4.0]]])
-    # Query 0: scores 1 | 0, 0: log(1 + 2 / e) = 0.551445. Query 1: scores 1 | 0, 1: log(2 + 1 / e) = 0.861995.
-    loss = contrastive_loss(AXES, AXES, negatives=negatives, temperature=1.0)
-    assert value(loss) == pytest.approx(0.706720, abs=1e-6)
+    # At a temperature of 1, query 0: scores 1 | 0, 0: log(1 + 2 / e) = 0.551445; query 1: scores 1 | 0, 1:
+    # log(2 + 1 / e) = 0.861995.
+    loss = contrastive_loss(AXES, AXES, negatives=negatives, temperature=temperature)
+    assert value(loss) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_more_positives_than_queries_by_hand():

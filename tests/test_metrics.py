@@ -176,6 +176,17 @@ def test_bootstrap_refuses(a, b, message):
         paired_bootstrap(a, b)
 
 
+def test_a_95_percent_interval_holds_the_true_difference_95_times_of_100():
+    generator = np.random.default_rng(3)
+    held = []
+    for _ in range(300):
+        b = generator.random(60)
+        a = b + generator.normal(0.2, 1.0, size=60)
+        _, low, high = paired_bootstrap(a, b, resamples=1000)
+        held.append(low <= 0.2 <= high)
+    assert 0.91 < np.mean(held) < 0.98
+
+
 def test_wins_ties_losses():
     assert wins_ties_losses([1, 0, 1, 0.5], [0, 1, 1, 0.25]) == {"wins": 2, "ties": 1, "losses": 1}
     with pytest.raises(ValueError, match="align"):

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from conftest import CONTEXT, FAMILIES, SPECIAL_TOKENS, StubTeacher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -158,7 +160,7 @@ def test_what_stands_in_the_padding_does_not_matter(tiny_model: NativeRetrievalM
 def test_a_string_is_a_conversation_of_one_question(tiny_model: NativeRetrievalModel):
     texts = ["Who built it?", "When was the library founded?"]
     vectors = tiny_model.embed_query(texts)
-    assert torch.equal(vectors, tiny_model.embed_query([[user(text)] for text in texts]))
+    assert_close(vectors, tiny_model.embed_query([[user(text)] for text in texts]))
     assert_close(tiny_model.embed_query(texts[1]), vectors[1:])
     assert_close(tiny_model.embed_query(tuple(texts)), vectors)
 
@@ -213,6 +215,73 @@ def test_attributions(model: NativeRetrievalModel):
     output = model.embed_query(CONVERSATIONS, return_attributions=True)
     assert_close(output.attributions, weights)
     assert torch.equal(output.input_ids[output.attention_mask.bool()], ids[mask.bool()])
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_the_attention_sink_is_not_copied(tiny_model: NativeRetrievalModel, padding: int):
+    # No special token: what stands first is a word, as with a tokenizer that has none.
+    words = tiny_model.tokenizer("the old bridge", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([[0] * padding + words])
+    weights = tiny_model(ids, torch.tensor([[0] * padding + [1] * len(words)])).attributions[0, padding:]
+    assert weights[0] == 0 and (weights[1:] != 0).all()
+
+
+def test_the_copy_path_tells_turns_apart_from_the_newest(tiny_model: NativeRetrievalModel):
+    """A bias towards the last user's turn finds it, however long the history."""
+    with torch.no_grad():
+        # Behind its words stand the two special tokens that end it and begin the assistant's.
+        tiny_model.copy_path.segment_bias.weight[2] = 5.0
+    question = user("Who owned it?")
+    for history in ([], CONVERSATIONS[1], [*CONVERSATIONS[1][1:], assistant("It is old."), *CONVERSATIONS[0]]):
+        found = tiny_model.embed_query([*history, assistant("Well."), question], return_attributions=True)
+        ids, weights = found.input_ids[0], found.attributions[0].abs()
+        starts = (ids == tiny_model.tokenizer.bos_token_id).nonzero().flatten().tolist()
+        assert weights[starts[-2] : starts[-1]].sum() > 0.99 * weights.sum() > 0
+
+
+# The head on its own
+
+
+@pytest.mark.parametrize("length", [1, 3, 6])
+@pytest.mark.parametrize("padding", [(0, 0), (2, 0), (0, 2)])
+def test_the_newest_token_has_the_same_position_in_every_prompt(
+    make_model: Callable[..., NativeRetrievalModel], length: int, padding: tuple[int, int]
+):
+    # Without an encoder, which would mix the tokens.
+    head = make_model(head_num_layers=0, copy_num_heads=0, num_context_tokens=6).head
+    before, after = padding
+    states = torch.randn(1, before + length + after, len(head.norms), 32)
+    mask = torch.tensor([[False] * before + [True] * length + [False] * after])
+    _, summary = head(states, mask)
+    newest = summary[0, summary.shape[1] // 2 :]
+    (gradient,) = torch.autograd.grad((newest * torch.linspace(-1, 2, len(newest))).sum(), head.positions.weight)
+    assert gradient.abs().sum(1).nonzero().flatten().tolist() == [0]
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (2, 0), (0, 2)])
+def test_the_head_reads_the_last_tokens_and_knows_which_is_the_newest(
+    make_model: Callable[..., NativeRetrievalModel], padding: tuple[int, int]
+):
+    length, width = 7, 3
+    model = make_model(head_num_layers=0, copy_num_heads=0, num_context_tokens=width)
+    half = model.head.skip.in_features // 2  # it reads the mean, and beside it the newest token
+    before, after = padding
+    ids = torch.tensor([[0] * before + list(range(10, 10 + length)) + [0] * after])
+    mask = torch.tensor([[0] * before + [1] * length + [0] * after])
+    states = torch.randn(*ids.shape, len(model.head.norms), 32)
+    for read, wanted in ((slice(None, half), range(length - width, length)), (slice(half, None), [length - 1])):
+        with torch.no_grad():
+            for weight in (*model.head.linear_out.parameters(), *model.head.skip.parameters()):
+                weight.zero_()
+            model.head.skip.weight[:, read] = torch.randn(model.head.skip.out_features, half)
+        vector = model(ids, mask, hidden_states=states).query_embeddings
+        moved = []
+        for place in range(length):
+            changed = states.clone()
+            changed[:, before + place] = torch.randn_like(changed[:, 0])
+            if (model(ids, mask, hidden_states=changed).query_embeddings - vector).norm() > 1e-3:
+                moved.append(place)
+        assert moved == list(wanted)
 
 
 def test_without_a_copy_path(make_model: Callable[..., NativeRetrievalModel]):
@@ -320,6 +389,15 @@ def test_one_thread_may_embed_while_another_generates(tiny_model: NativeRetrieva
 
     with ThreadPoolExecutor(3) as pool:
         assert all(pool.map(work, range(30)))
+
+
+def test_a_padded_batch_generates_what_each_prompt_does_alone(tiny_model: NativeRetrievalModel):
+    rows = prompts_of(tiny_model)
+    ids, mask = tiny_model.pad(rows)
+    arguments = {"max_new_tokens": 6, "eos_token_id": None, "do_sample": False, "pad_token_id": 0}
+    together = tiny_model.generate(ids, attention_mask=mask, **arguments)[:, ids.shape[1] :]
+    for row, seen in zip(rows, together, strict=True):
+        assert torch.equal(tiny_model.generate(torch.tensor([row]), **arguments)[0, len(row) :], seen)
 
 
 # An agent's turn: one cache for the vector, the answer, and the next turn
@@ -527,8 +605,9 @@ def test_a_written_query_ends_before_a_line_end_or_special_token(tiny_model: Nat
 def test_a_backbone_that_writes_no_query_still_gives_a_vector(tiny_model: NativeRetrievalModel):
     ends = [[tiny_model.tokenizer.eos_token_id]] * len(CONVERSATIONS)
     with scripted(tiny_model, ends):
-        vectors = tiny_model.embed_query(CONVERSATIONS, mode="generated")
-    assert_close(vectors.norm(dim=-1), torch.ones(len(CONVERSATIONS)))
+        output = tiny_model.embed_query(CONVERSATIONS, mode="generated", return_cache=True)
+    assert all(output.query_ids)
+    assert_close(output.query_embeddings.norm(dim=-1), torch.ones(len(CONVERSATIONS)))
 
 
 # Training
@@ -662,7 +741,7 @@ def test_saving_and_loading_twice_changes_nothing(make_model: Callable[..., Nati
     assert twice.state_dict().keys() == model.state_dict().keys()
     for name, weight in model.state_dict().items():
         assert torch.equal(twice.state_dict()[name], weight), name
-    assert torch.equal(twice.embed_query(CONVERSATIONS), model.embed_query(CONVERSATIONS))
+    assert_close(twice.embed_query(CONVERSATIONS), model.embed_query(CONVERSATIONS))
 
 
 @pytest.mark.parametrize(
@@ -680,7 +759,7 @@ def test_large_maps_have_the_backbones_precision_and_vectors_agree(
     model.save_pretrained(tmp_path)
     loaded = NativeRetrievalModel.from_pretrained(tmp_path, **arguments)
     wanted = arguments.get("dtype", torch.bfloat16)
-    summed = ("copy_path.key", "copy_path.segment_bias", "copy_path.token_", "copy_path.gain", "probe.")
+    summed = ("copy_path.key", "copy_path.segment_bias", "copy_path.token_", "copy_path.gain")
     for name, parameter in loaded.named_parameters():
         assert parameter.dtype == (torch.float32 if name.startswith(summed) else wanted), name
     # In another precision a backbone may write another query.
@@ -733,7 +812,7 @@ def test_without_the_backbones_weights(backbone_dir: Path, tiny_tokenizer: PreTr
     loaded = NativeRetrievalModel.from_pretrained(tmp_path / "head")
     assert not loaded.backbone.training and not any(p.requires_grad for p in loaded.backbone.parameters())
     for mode in MODES:
-        assert torch.equal(
+        assert_close(
             loaded.embed_query(CONVERSATIONS, mode=mode).to(torch.float32),
             NativeRetrievalModel.from_pretrained(tmp_path / "whole").embed_query(CONVERSATIONS, mode=mode),
         )
@@ -913,6 +992,19 @@ def test_embed_query_guards_against_forged_turns(tiny_model: NativeRetrievalMode
         assert "Obey me." in model.tokenizer.decode(ids)  # said, but by the user
         seen = model.embed_query(text, return_attributions=True).input_ids
         assert seen.tolist() == [ids]
+
+
+def test_no_special_token_of_a_template_stands_twice(tiny_tokenizer: PreTrainedTokenizerFast):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    begin = tokenizer.pad_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", begin)]
+    )
+    assert tokenizer("Who?")["input_ids"][0] == begin
+    plain = build_prompt(tiny_tokenizer, CONVERSATIONS[1], 100, SPECIAL_TOKENS)
+    assert build_prompt(tokenizer, CONVERSATIONS[1], 100, SPECIAL_TOKENS) == plain
+    tokenizer.chat_template = None  # nobody else writes it now
+    assert build_prompt(tokenizer, CONVERSATIONS[1], 100, SPECIAL_TOKENS).count(begin) == 1
 
 
 GEMMA_LIKE = (
@@ -1097,6 +1189,8 @@ def test_the_longest_prompt_leaves_room_for_a_query(make_model: Callable[..., Na
     ("fields", "message"),
     [
         ({"query_mode": "psychic"}, "query_mode='psychic'"),
+        ({"query_mode": "probe"}, "query_mode='probe' needs probe tokens"),
+        ({"adapter_rank": 0}, "adapter_rank=0"),
         ({"embedding_dim": 0}, "embedding_dim=0"),
         ({"num_context_tokens": 0}, "num_context_tokens=0"),
         ({"max_query_tokens": 0}, "max_query_tokens=0"),
@@ -1173,6 +1267,18 @@ def test_a_new_probe_changes_nothing(make_backbone, tiny_tokenizer: PreTrainedTo
         make_backbone("llama"), stub_teacher, tokenizer=tiny_tokenizer, num_probe_tokens=3
     )
     assert_close(model.embed_query(CONVERSATIONS, mode="probe"), model.embed_query(CONVERSATIONS, mode="context"))
+
+
+def test_a_new_probe_passes_as_the_words_that_ask_for_a_query(
+    make_backbone, tiny_tokenizer: PreTrainedTokenizerFast, stub_teacher
+):
+    model = NativeRetrievalModel.from_backbone(
+        make_backbone("llama"), stub_teacher, tokenizer=tiny_tokenizer, num_probe_tokens=3
+    )
+    words = tiny_tokenizer(model.config.query_prompt, add_special_tokens=False)["input_ids"][-3:]
+    rows = prompts_of(model)
+    states = model.pass_probe(model.prefill(*model.pad(rows)))
+    assert_close(states, model.prefill(*model.pad([row + words for row in rows])).hidden_states[:, -3:])
 
 
 def test_the_adapter_acts_on_the_probe_alone(model: NativeRetrievalModel):
@@ -1306,7 +1412,7 @@ def test_auto_classes_know_the_saved_model(tiny_model: NativeRetrievalModel, tmp
     tiny_model.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).model_type == "native_retrieval"
     loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
-    assert torch.equal(loaded.embed_query(CONVERSATIONS), tiny_model.embed_query(CONVERSATIONS))
+    assert_close(loaded.embed_query(CONVERSATIONS), tiny_model.embed_query(CONVERSATIONS))
 
 
 def test_as_a_plain_language_model_it_is_the_backbone_and_embeds_all_the_same(
@@ -1317,9 +1423,7 @@ def test_as_a_plain_language_model_it_is_the_backbone_and_embeds_all_the_same(
     loaded.save_pretrained(tmp_path / "two")  # and whichever class has saved it, both load
     for again in (loaded, AutoModel.from_pretrained(tmp_path / "two", trust_remote_code=True)):
         for mode in MODES:
-            assert torch.equal(
-                again.embed_query(CONVERSATIONS, mode=mode), tiny_model.embed_query(CONVERSATIONS, mode=mode)
-            )
+            assert_close(again.embed_query(CONVERSATIONS, mode=mode), tiny_model.embed_query(CONVERSATIONS, mode=mode))
     ids = torch.arange(3, 30)[None]
     assert torch.equal(loaded(ids).logits, tiny_model.backbone(ids).logits)
     assert loaded.can_generate()

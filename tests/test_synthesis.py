@@ -278,7 +278,7 @@ def test_command_line(tmp_path: Path) -> None:
     again = subprocess.run(
         [*command, "--output", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert again.returncode == 1 and "not empty" in again.stderr and "Traceback" not in again.stderr
+    assert again.returncode == 2 and "not empty" in again.stderr and "Traceback" not in again.stderr
 
 
 def test_handwritten_conversations_are_well_formed() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from native_retrieval import teacher as teacher_module
-from native_retrieval.teacher import FINGERPRINT_SENTENCES, Teacher, cached_array, document_texts, same_teacher, search
+from native_retrieval.teacher import FINGERPRINT_SENTENCES, Teacher, cached_rows, document_texts, same_teacher, search
 
 REAL_TEACHER = os.environ.get("NATIVE_RETRIEVAL_TEACHER")
 
@@ -140,7 +140,13 @@ def test_a_bad_vector_names_the_text(text: str, tmp_path: Path):
     with pytest.raises(ValueError, match="'mine'.*text 2") as error:
         teacher.cached([*TEXTS[:2], text], "query", "Vectors")
     assert "\n" not in str(error.value)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_a_bad_vector_names_the_text_whatever_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(teacher_module, "SHARD_ROWS", 3)
+    with pytest.raises(ValueError, match="'mine'.*text 4 "):
+        Teacher("mine", cache_dir=tmp_path).cached([*TEXTS, "zero"], "query", "Vectors")
 
 
 def test_no_texts_give_no_vectors():
@@ -203,46 +209,55 @@ DAMAGE = {
     "the last byte missing": lambda content: content[:-1],
     "zeros": lambda content: bytes(len(content)),
     "a web page": lambda content: b"<!DOCTYPE html>\n" * 20,
+    "one bit flipped": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_damaged_file_is_computed_anew(tmp_path: Path, damage: Callable[[bytes], bytes]):
+def test_a_damaged_file_is_computed_anew(
+    tmp_path: Path, damage: Callable[[bytes], bytes], capsys: pytest.CaptureFixture[str]
+):
     wanted = np.array(Teacher("mine", cache_dir=tmp_path).cached(TEXTS, "query", "Vectors"))
     (path,) = tmp_path.glob("*.npy")
     path.write_bytes(damage(path.read_bytes()))
+    capsys.readouterr()
     np.testing.assert_array_equal(Teacher("mine", cache_dir=tmp_path).cached(TEXTS, "query", "Vectors"), wanted)
     assert len(FakeSentenceTransformer.encoded) == 2 * len(TEXTS)
+    said = [line for line in capsys.readouterr().err.splitlines() if str(path) in line]
+    assert len(said) == 1 and "computed again" in said[0]
     # And it is whole again.
     np.testing.assert_array_equal(Teacher("mine", cache_dir=tmp_path).cached(TEXTS, "query", "Vectors"), wanted)
     assert len(FakeSentenceTransformer.encoded) == 2 * len(TEXTS)
 
 
-def test_a_computation_that_fails_leaves_nothing(tmp_path: Path):
-    def compute() -> np.ndarray:
+def test_a_computation_that_fails_leaves_no_array(tmp_path: Path):
+    def compute(rows: slice, advance: Callable) -> np.ndarray:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cached_array(tmp_path / "cache", "name", compute)
-    assert not list(tmp_path.rglob("*.*"))
+        cached_rows(tmp_path / "cache", "name", (3,), np.float64, compute)
+    assert not list(tmp_path.rglob("*.npy"))
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_write_that_fails_leaves_no_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def save(file, array) -> None:
         file.write(b"half")
         raise OSError("No space left on device")
 
+    def ones() -> np.ndarray:
+        return cached_rows(tmp_path, "name", (3,), np.float64, lambda rows, advance: np.ones(3))
+
     with monkeypatch.context() as patch:
         patch.setattr(np, "save", save)
         with pytest.raises(OSError, match="No space"):
-            cached_array(tmp_path, "name", lambda: np.ones(3))
-    assert not list(tmp_path.iterdir())
-    np.testing.assert_array_equal(cached_array(tmp_path, "name", lambda: np.ones(3)), np.ones(3))
+            ones()
+    assert not list(tmp_path.rglob("*.npy*"))
+    np.testing.assert_array_equal(ones(), np.ones(3))
 
 
 def test_a_cached_array_is_mapped_and_read_only(tmp_path: Path):
     for _ in range(2):
-        array = cached_array(tmp_path, "name", lambda: np.ones((4, 2), dtype=np.float32))
+        array = cached_rows(tmp_path, "name", (4, 2), np.float32, lambda rows, advance: np.ones((4, 2), np.float32))
         assert isinstance(array, np.memmap) and not array.flags.writeable
 
 
@@ -292,7 +307,7 @@ def test_a_ranking_is_computed_once(
 
 def test_search_gives_scores_best_first(vectors: tuple[np.ndarray, np.ndarray]):
     targets, documents = vectors
-    scores, rows = search(documents, targets, 10, progress=None)
+    scores, rows = search(documents, targets, 10)
     assert scores.shape == rows.shape == (1500, 10)
     assert (np.diff(scores, axis=1) <= 0).all()
     np.testing.assert_allclose(scores, np.take_along_axis(targets @ documents.T, rows, 1), atol=1e-5)

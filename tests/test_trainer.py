@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from fuzz import check_recipe, recipes
+from hypothesis import given, settings
 from transformers import AutoModel
 
 import train
@@ -98,6 +100,22 @@ def test_a_weight_of_zero_leaves_the_part_out(tiny_model, examples, tmp_path):
     trainer = NativeRetrievalTrainer(tiny_model, args)
     batch = collate([examples()[i] for i in range(4)])
     assert set(trainer.loss_parts(batch["targets"], batch)) == {"alignment", "rank"}
+
+
+def test_a_short_ranking_counts_as_it_would_alone_and_none_at_all_as_right(tiny_model, examples, tmp_path):
+    args = arguments(tmp_path, eval_strategy="no", load_best_model_at_end=False)
+    trainer = NativeRetrievalTrainer(tiny_model, args)
+    dataset, vectors = examples(), torch.nn.functional.normalize(torch.randn(3, 32), dim=-1)
+    whole, short, none = dataset[0], dataset[1], dataset[2]
+    short["ranking"] = short["ranking"][:3]
+    del none["ranking"]
+
+    def rank(rows, *items) -> float:
+        return trainer.loss_parts(vectors[rows], collate(items))["rank"].item()
+
+    alone = rank([0], whole), rank([1], short)
+    assert min(alone) > 0
+    assert rank([0, 1, 2], whole, short, none) == pytest.approx(sum(alone) / 3, rel=1e-4)
 
 
 def test_gradient_accumulation_equals_the_larger_batch(tiny_model, examples, tmp_path):
@@ -290,6 +308,28 @@ def test_a_question_without_a_rewrite_takes_its_documents_title(tiny_model, stub
     assert np.allclose(built.targets, stub_teacher.encode(wanted), atol=1e-6)
 
 
+def test_the_target_of_a_query_without_a_rewrite_moves_towards_its_document(tiny_model, stub_teacher, tmp_path):
+    corpus = Dataset.from_list([{"_id": "d", "title": "Old Bridge", "text": "It was opened in 1874."}])
+    question = "When was the old bridge opened?"
+    rows = [{"messages": [{"role": "user", "content": question}], "rewrite": None, "gold": ["d"]}] * 2
+    rows[1] = {**rows[1], "rewrite": question}
+    built = build_examples(
+        *(tiny_model, stub_teacher, Dataset.from_list(rows), corpus, "context"),
+        **{"cache_dir": str(tmp_path), "gold_share": 0.25, "rank_top_k": 1},
+    )
+    asked, document = stub_teacher.encode([question])[0], stub_teacher.documents(corpus)[0]
+    wanted = 0.75 * asked + 0.25 * document
+    assert np.allclose(built.targets, [wanted / np.linalg.norm(wanted), asked], atol=1e-6)
+
+
+def test_the_head_is_to_read_the_end_of_each_prompt(examples):
+    dataset = examples(mode="generated")
+    batch = collate([dataset[i] for i in range(len(dataset))])
+    width = batch["readout_mask"].shape[1]
+    wanted = torch.tensor([[place >= width - count for place in range(width)] for count in dataset.num_read])
+    assert torch.equal(batch["readout_mask"], wanted)
+
+
 def test_texts_with_typos_have_the_targets_of_the_right_spelling(tiny_model, stub_teacher):
     texts = [f"the bridge over river number {i}" for i in range(10)]
     dataset = build_texts(tiny_model, stub_teacher, texts, "texts", typo_share=0.5)
@@ -412,6 +452,12 @@ def test_a_misspelt_recipe_field_names_the_nearest(tmp_path):
     recipe.write_text("learnin_rate: 1\n")
     with pytest.raises(ValueError, match="learning_rate"):
         train.main([str(recipe)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(recipes)
+def test_a_recipe_is_read_or_refused_in_one_line(recipe):
+    check_recipe(recipe)
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path):

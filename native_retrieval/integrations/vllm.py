@@ -19,7 +19,6 @@ values); this connector applies the head to them in the worker. `probe` cannot b
 tokens of a request and on no others, and vLLM's adapters act on all of them.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -41,11 +40,25 @@ from vllm.logger import init_logger
 from configuration_native_retrieval import NativeRetrievalConfig
 from modeling_native_retrieval import NativeRetrievalModel
 
+from ..cli import CommandParser
 from ..loading import load_head
 
 logger = init_logger(__name__)
 
 MODES = ("context", "generated")
+
+
+def problem_of(asked: dict[str, Any], num_prompt_tokens: int) -> str | None:
+    """What is wrong with a request's `kv_transfer_params`, in one line; None if a vector can be given."""
+    mode, count = asked.get("query_mode"), asked.get("num_query_tokens")
+    if mode not in MODES:
+        return f"query_mode={mode!r} is unknown; choose one of {', '.join(MODES)}"
+    if mode == "generated" and not (type(count) is int and 1 <= count <= num_prompt_tokens):
+        return (
+            f"num_query_tokens={count!r} is no number of tokens from 1 to the prompt's {num_prompt_tokens}; "
+            "give the number of tokens of the written query, which end the prompt"
+        )
+    return None
 
 
 @dataclass
@@ -119,18 +132,18 @@ class NativeQueryConnector(ExampleHiddenStatesConnector):
             extra = (new.sampling_params.extra_args if new.sampling_params else None) or {}
             asked = extra.get("kv_transfer_params") or {}
             passed = new.num_computed_tokens + scheduler_output.num_scheduled_tokens[new.req_id]
-            if asked.get("query_mode") in MODES and passed >= len(new.prompt_token_ids):
-                count = int(asked.get("num_query_tokens", 0)) if asked["query_mode"] == "generated" else 0
+            if passed >= len(new.prompt_token_ids) and not problem_of(asked, len(new.prompt_token_ids)):
+                count = asked["num_query_tokens"] if asked["query_mode"] == "generated" else 0
                 blocks = new.block_ids[self._cache_kv_group_id]
                 metadata.requests.append(Wanted(new.req_id, list(new.prompt_token_ids), list(blocks), count))
         return metadata
 
     def request_finished(self, request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        mode = (request.kv_transfer_params or {}).get("query_mode")
-        if mode is None:
+        asked = request.kv_transfer_params or {}
+        if asked.get("query_mode") is None:
             return False, None
-        if mode not in MODES:
-            return False, {"query_error": f"query_mode={mode!r} is unknown; choose one of {', '.join(MODES)}"}
+        if problem := problem_of(asked, request.num_prompt_tokens):
+            return False, {"query_error": problem}
         path = self.path(request.request_id)
         try:
             answer = json.loads(path.read_text())
@@ -181,11 +194,7 @@ def serve_command(model: str, words: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m native_retrieval.integrations.vllm",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("python -m native_retrieval.integrations.vllm", __doc__)
     parser.add_argument("model", help="folder or Hub id of a trained model; further words go to vLLM")
     arguments, words = parser.parse_known_args(argv)
     try:

@@ -1,0 +1,129 @@
+# Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
+"""
+Encoding a corpus: does memory grow with it, and how fast is the teacher?
+
+    python benchmarks/corpus.py --output results/bench-corpus.json
+
+The texts are the Wikipedia leads that `make demo` has fetched, over and over, and, for speed, their sentences. Memory is
+measured with a teacher that costs next to nothing, speed with the real one, each in a process of its own. Peak resident memory counts the pages of mapped
+files too, which the system takes back whenever it needs them; the anonymous part is what the process itself holds.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import datasets
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+from tokenizers import Tokenizer
+
+from native_retrieval.data import load_corpus, load_texts
+from native_retrieval.report import environment
+from native_retrieval.teacher import Teacher
+
+
+def memory_mb(field: str) -> float:
+    """`VmHWM`, the peak of resident memory, or `RssAnon`, the anonymous part of it now."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
+
+
+class AnonymousPeak(threading.Thread):
+    """Looks ten times a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self.done = 0.0, threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(0.1):
+            self.peak = max(self.peak, memory_mb("RssAnon"))
+
+
+def measure(teacher_path: str, corpus_path: str) -> None:
+    """Encodes a corpus on disk, and prints what that took as JSON."""
+    corpus = datasets.load_from_disk(corpus_path)
+    watch = AnonymousPeak()
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = Teacher(teacher_path, cache_dir=folder)
+        teacher.encode(corpus[:64]["text"], "document")
+        watch.start()
+        begin = time.perf_counter()
+        vectors = teacher.documents(corpus)
+        seconds = time.perf_counter() - begin
+        watch.done.set()
+        assert vectors.shape == (len(corpus), teacher.dimension)
+    row = {
+        "documents": len(corpus),
+        "seconds": round(seconds, 1),
+        "documents_per_s": round(len(corpus) / seconds, 1),
+        "peak_rss_mb": round(memory_mb("VmHWM")),
+        "peak_anonymous_mb": round(watch.peak),
+    }
+    print(json.dumps(row))
+
+
+def write_cheap_teacher(tokenizer_file: Path, folder: str) -> None:
+    """A sentence-transformers model that adds up vectors of tokens."""
+    words = StaticEmbedding(Tokenizer.from_file(str(tokenizer_file)), embedding_dim=32)
+    SentenceTransformer(modules=[words, Normalize()], device="cpu").save(folder, create_model_card=False)
+
+
+def write_corpus(documents: datasets.Dataset, count: int, folder: str) -> None:
+    """`count` documents with a title and a text, over and over the same ones, written out."""
+    documents.select([i % len(documents) for i in range(count)]).save_to_disk(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", default=".cache/demo/wikipedia", help="(default: %(default)s)")
+    parser.add_argument("--teacher", default=".cache/demo/all-MiniLM-L6-v2", help="(default: %(default)s)")
+    parser.add_argument(
+        "--memory_documents", type=int, nargs=2, default=[50_000, 500_000], help="(default: %(default)s)"
+    )
+    parser.add_argument("--speed_documents", type=int, default=20_000, help="(default: %(default)s)")
+    parser.add_argument("--output", required=True, help="the JSON file to write")
+    parser.add_argument(
+        "--parts", nargs="+", choices=["memory", "speed"], default=["memory", "speed"], help="(default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    datasets.disable_progress_bars()
+    leads, sentences = load_corpus(arguments.corpus), load_texts(arguments.corpus)
+    sentences = sentences.add_column("title", [""] * len(sentences))
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # What another run has measured stays.
+    rows = json.loads(output.read_text())["rows"] if output.exists() else []
+    rows = [row for row in rows if row["part"] not in arguments.parts]
+    with tempfile.TemporaryDirectory() as folder:
+        cheap = f"{folder}/cheap-teacher"
+        write_cheap_teacher(Path(arguments.teacher, "tokenizer.json"), cheap)
+        works = [("memory", "a cheap teacher, leads", cheap, leads, count) for count in arguments.memory_documents]
+        real = f"{Path(arguments.teacher).name}, sentences of leads"
+        works.append(("speed", real, arguments.teacher, sentences, arguments.speed_documents))
+        for part, what, teacher, documents, count in works:
+            if part not in arguments.parts:
+                continue
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                write_corpus(documents, count, f"{scratch}/corpus")
+                command = [sys.executable, __file__, "--measure", teacher, f"{scratch}/corpus"]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            rows.append({"part": part, "what": what, **json.loads(done.stdout)})
+            print(rows[-1], flush=True)
+            result = {"command": " ".join(["python", *sys.argv]), "environment": environment(), "rows": rows}
+            output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:  # one row, in a process that has done nothing else
+        measure(*sys.argv[2:])
+    else:
+        main()

@@ -1,0 +1,515 @@
+"""Breaks the code in one place at a time, and records whether the tests notice.
+
+    python tests/mutations.py --output results/mutations.json
+
+The tests run in a copy of the repository, first as it is and then once for each mutation. A mutation that no test
+notices is a missing test, and ends in exit code 1; so does one whose text is no longer in its file exactly once.
+"""
+
+import argparse
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
+
+# What the tests need of other projects; nothing of this one, which the forks import from their copy.
+import datasets  # noqa: F401
+import evaluate  # noqa: F401
+import faiss  # noqa: F401
+import hypothesis  # noqa: F401
+import ir_measures  # noqa: F401
+import pytest
+import scipy.stats  # noqa: F401
+import sentence_transformers  # noqa: F401
+import transformers
+from tqdm.auto import tqdm
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+TIMEOUT = 1200  # seconds
+
+
+class Mutation(NamedTuple):
+    """In `file`, `old` becomes `new`. `tests` should notice: `losses` for all of tests/test_losses.py, or one in it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+LOSSES, TRAINER = "native_retrieval/losses.py", "native_retrieval/trainer.py"
+MODEL, CONFIG = "modeling_native_retrieval.py", "configuration_native_retrieval.py"
+METRICS, DATA, EXAMPLES = "native_retrieval/metrics.py", "native_retrieval/data.py", "native_retrieval/examples.py"
+TEACHER, INDEX = "native_retrieval/teacher.py", "native_retrieval/index.py"
+
+MUTATIONS = [
+    Mutation("alignment: sign", LOSSES, "(1 - F.cosine", "(1 + F.cosine", "losses"),
+    Mutation("contrastive: temperature", LOSSES, "positives.T / temperature", "positives.T", "losses"),
+    Mutation(
+        "contrastive: temperature of the hard negatives",
+        LOSSES,
+        "F.normalize(negatives, dim=-1)) / temperature",
+        "F.normalize(negatives, dim=-1))",
+        "losses",
+    ),
+    Mutation(
+        "contrastive: no L2 normalisation",
+        LOSSES,
+        "queries, positives = F.normalize(queries, dim=-1), F.normalize(positives, dim=-1)",
+        "pass",
+        "losses",
+    ),
+    Mutation(
+        "contrastive: false negatives in the batch are not masked",
+        LOSSES,
+        "scores = scores.masked_fill(excluded, -torch.inf)",
+        "pass",
+        "losses",
+    ),
+    Mutation(
+        "contrastive: false hard negatives are not masked",
+        LOSSES,
+        "hard = hard.masked_fill(excluded, -torch.inf)",
+        "pass",
+        "losses",
+    ),
+    Mutation(
+        "contrastive: other known positives are not masked",
+        LOSSES,
+        "excluded |= (positive_ids[None, :, None] == known_positives[:, None, :]).any(-1)",
+        "pass",
+        "losses",
+    ),
+    Mutation("contrastive: the own positive is masked", LOSSES, "excluded[own, own] = False", "pass", "losses"),
+    Mutation("rank: direction of the KL", LOSSES, "F.kl_div(student, teacher", "F.kl_div(teacher, student", "losses"),
+    Mutation("rank: temperature of the teacher", LOSSES, "teacher_scores / temperature", "teacher_scores", "losses"),
+    Mutation("rank: mean over documents too", LOSSES, 'reduction="batchmean"', 'reduction="mean"', "losses"),
+    Mutation(
+        "training: weights of the losses",
+        TRAINER,
+        'getattr(self.args, f"{name}_weight") * part',
+        "part",
+        "trainer::test_parts_are_logged_and_add_up_to_the_loss",
+    ),
+    Mutation(
+        "training: a loss that is not finite",
+        TRAINER,
+        "if not torch.isfinite(loss):",
+        "if False:",
+        "trainer::test_a_loss_that_is_not_finite_stops_training",
+    ),
+    Mutation(
+        "training: padding of a ranking takes part",
+        TRAINER,
+        "student.masked_fill(~mask, low)",
+        "student",
+        "trainer::test_a_short_ranking_counts_as_it_would_alone_and_none_at_all_as_right",
+    ),
+    Mutation(
+        "training: rows without a ranking do not count",
+        TRAINER,
+        "kl * rows.float().mean()",
+        "kl",
+        "trainer::test_a_short_ranking_counts_as_it_would_alone_and_none_at_all_as_right",
+    ),
+    Mutation(
+        "several devices: negatives are not gathered",
+        TRAINER,
+        'if "other_positives" in inputs:',
+        "if False:",
+        "distributed",
+    ),
+    Mutation(
+        "several devices: share of the gradient",
+        TRAINER,
+        "real * world / total",
+        "1.0",
+        "distributed",
+    ),
+    Mutation(
+        "examples: gold targets",
+        EXAMPLES,
+        "(1 - gold_share) * targets[alone] + gold_share * gold[alone]",
+        "targets[alone]",
+        "trainer::test_the_target_of_a_query_without_a_rewrite_moves_towards_its_document",
+    ),
+    Mutation(
+        "examples: hard negatives may be relevant",
+        EXAMPLES,
+        "ranked[~np.isin(ranked, positives)]",
+        "ranked",
+        "trainer::test_hard_negatives_are_never_relevant",
+    ),
+    Mutation(
+        "examples: the head reads the whole prompt",
+        EXAMPLES,
+        '-min(item["num_read"], length) :] = True',
+        "-length:] = True",
+        "trainer::test_the_head_is_to_read_the_end_of_each_prompt",
+    ),
+    Mutation(
+        "head: positions count from the start",
+        MODEL,
+        "from_end = mask.flip(1).cumsum(1).flip(1) - 1",
+        "from_end = mask.cumsum(1) - 1",
+        "modeling::test_the_newest_token_has_the_same_position_in_every_prompt",
+    ),
+    Mutation(
+        "head: padding is attended to",
+        MODEL,
+        "layer(encoded, src_key_padding_mask=~mask)",
+        "layer(encoded)",
+        "modeling::test_vectors_do_not_depend_on_batch_size_or_order[llama-tied-context]",
+    ),
+    Mutation(
+        "head: padding is in the mean",
+        MODEL,
+        "weights = mask.to(states.dtype)",
+        "weights = torch.ones_like(mask, dtype=states.dtype)",
+        "modeling::test_vectors_do_not_depend_on_batch_size_or_order[llama-tied-context]",
+    ),
+    Mutation(
+        "head: reads its tokens in reverse",
+        MODEL,
+        "dim=1).values.flip(1)",
+        "dim=1).values",
+        "modeling::test_the_head_reads_the_last_tokens_and_knows_which_is_the_newest",
+    ),
+    Mutation(
+        "vectors: no L2 normalisation",
+        MODEL,
+        "query_embeddings=F.normalize(vectors.float(), dim=-1)",
+        "query_embeddings=vectors.float()",
+        "modeling::test_vectors_do_not_depend_on_batch_size_or_order[llama-tied-context]",
+    ),
+    Mutation(
+        "copy path: mask",
+        MODEL,
+        "scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)",
+        "pass",
+        "modeling::test_attributions[llama-tied]",
+    ),
+    Mutation(
+        "copy path: special tokens are copied",
+        MODEL,
+        "real & ~special & ~first",
+        "real & ~first",
+        "modeling::test_attributions[llama-tied]",
+    ),
+    Mutation(
+        "copy path: the attention sink is copied",
+        MODEL,
+        "real & ~special & ~first",
+        "real & ~special",
+        "modeling::test_the_attention_sink_is_not_copied",
+    ),
+    Mutation(
+        "copy path: turns are counted from the start",
+        MODEL,
+        "segments = special.flip(1).cumsum(1).flip(1)",
+        "segments = special.cumsum(1)",
+        "modeling::test_the_copy_path_tells_turns_apart_from_the_newest",
+    ),
+    Mutation(
+        "generated: the head reads the prompt too",
+        MODEL,
+        "readout_mask[:, :query_start] = False",
+        "pass",
+        "modeling::test_generated_mode_reads_what_the_bare_backbone_would_write[llama-tied]",
+    ),
+    Mutation(
+        "generated: a query may be empty",
+        MODEL,
+        "min_new_tokens=1,",
+        "min_new_tokens=0,",
+        "modeling::test_a_backbone_that_writes_no_query_still_gives_a_vector",
+    ),
+    Mutation(
+        "padding: on the right",
+        MODEL,
+        "input_ids[row, width - len(prompt) :] = torch.tensor(prompt)\n"
+        "            attention_mask[row, width - len(prompt) :] = 1",
+        "input_ids[row, : len(prompt)] = torch.tensor(prompt)\n            attention_mask[row, : len(prompt)] = 1",
+        "modeling::test_a_padded_batch_generates_what_each_prompt_does_alone",
+    ),
+    Mutation(
+        "padding: positions count it",
+        MODEL,
+        "position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]",
+        "position_ids=torch.arange(input_ids.shape[1])[None, past:]",
+        "modeling::test_vectors_do_not_depend_on_batch_size_or_order[gpt2-tied-context]",
+    ),
+    Mutation(
+        "cache: cut leaves the keys",
+        MODEL,
+        "self.crop(tokens - input_ids.shape[1])",
+        "pass",
+        "modeling::test_an_edited_history_is_passed_anew_from_where_it_differs[llama-tied]",
+    ),
+    Mutation(
+        "cache: cut leaves the recorded states",
+        MODEL,
+        "self._recorded = [(input_ids[:, :tokens], hidden_states[:, :tokens])]",
+        "pass",
+        "modeling::test_an_edited_history_is_passed_anew_from_where_it_differs[llama-tied]",
+    ),
+    Mutation(
+        "cache: a branch shares its layers",
+        MODEL,
+        "branch.layers = [copy.copy(layer) for layer in self.layers]",
+        "pass",
+        "modeling::test_generation_goes_on_from_the_cache[llama-tied-generated]",
+    ),
+    Mutation(
+        "cache: a branch shares what was recorded",
+        MODEL,
+        "branch._recorded = list(self._recorded)",
+        "pass",
+        "modeling::test_the_next_turn_passes_only_what_is_new[llama-tied-generated]",
+    ),
+    Mutation(
+        "going on: no token is left to pass",
+        MODEL,
+        "[: len(prompt) - 1]",
+        "[: len(prompt)]",
+        "modeling::test_the_next_turn_passes_only_what_is_new[llama-tied-generated]",
+    ),
+    Mutation(
+        "going on: past the first difference",
+        MODEL,
+        "same.long().cumprod(0).sum()",
+        "same.long().sum()",
+        "modeling::test_an_edited_history_is_passed_anew_from_where_it_differs[llama-tied]",
+    ),
+    Mutation(
+        "probe: its head does not start at zero",
+        MODEL,
+        "ProjectionHead(config, starts_at_zero=True)",
+        "ProjectionHead(config, starts_at_zero=False)",
+        "modeling::test_a_new_probe_changes_nothing",
+    ),
+    Mutation(
+        "probe: its adapter does not start at zero",
+        MODEL,
+        "init.zeros_(module.up[name])",
+        "init.normal_(module.up[name], std=0.1)",
+        "modeling::test_a_new_probe_passes_as_the_words_that_ask_for_a_query",
+    ),
+    Mutation(
+        "probe: its adapter stays on",
+        MODEL,
+        "_PASSING.reset(passing)",
+        "pass",
+        "modeling::test_the_adapter_acts_on_the_probe_alone[llama-tied]",
+    ),
+    Mutation(
+        "prompt: special tokens in a text",
+        MODEL,
+        'if token in message["content"]:',
+        "if False:",
+        "modeling::test_no_text_forges_a_turn",
+    ),
+    Mutation(
+        "prompt: a second beginning-of-sequence token",
+        MODEL,
+        "add_special_tokens=not tokenizer.chat_template",
+        "add_special_tokens=True",
+        "modeling::test_no_special_token_of_a_template_stands_twice",
+    ),
+    Mutation(
+        "prompt: the system message is dropped with old turns",
+        MODEL,
+        'oldest = 1 if messages[0]["role"] == "system" else 0',
+        "oldest = 0",
+        "modeling::test_history_is_truncated_from_the_oldest_turn",
+    ),
+    Mutation(
+        "tokenizer: fingerprint check",
+        MODEL,
+        "elif self.config.tokenizer_fingerprint != seen:",
+        "elif False:",
+        "modeling::test_another_tokenizer_template_or_library_is_warned_of_once[template]",
+    ),
+    Mutation(
+        "config: a probe mode without probe tokens",
+        CONFIG,
+        'self.query_mode != "probe" or self.num_probe_tokens > 0',
+        "True",
+        "modeling::test_bad_configs",
+    ),
+    Mutation(
+        "teacher: fingerprints always agree",
+        TEACHER,
+        ".bit_count() <= FINGERPRINT_TOLERANCE",
+        ".bit_count() >= 0",
+        "teacher::test_more_bits_are_another_teacher",
+    ),
+    Mutation(
+        "teacher: fingerprint check of a loaded teacher",
+        TEACHER,
+        "if not same_teacher(teacher.fingerprint, config.teacher_fingerprint):",
+        "if False:",
+        "eval::test_bad_model",
+    ),
+    Mutation(
+        "index: checksum check",
+        INDEX,
+        "if (checksum := sha256(path / name)) != wanted:",
+        "if False:",
+        "index::test_truncated_faiss_file",
+    ),
+    Mutation(
+        "index: teacher check",
+        INDEX,
+        "same_teacher(index_fingerprint, model_fingerprint)",
+        "True",
+        "index::test_check_teacher",
+    ),
+    Mutation("metrics: order of a run", METRICS, "-float(place)", "float(place)", "metrics"),
+    Mutation(
+        "metrics: ties",
+        METRICS,
+        "for doc_id, score in scores.items()), reverse=True)",
+        "for doc_id, score in scores.items()), key=lambda x: x[0], reverse=True)",
+        "metrics",
+    ),
+    Mutation("metrics: cutoff of the reciprocal rank", METRICS, "RR @ 10", "RR @ 100", "metrics"),
+    Mutation(
+        "metrics: irrelevant documents in ranks", METRICS, ".get(doc_id, 0) >= 1)", ".get(doc_id, 0) >= 0)", "metrics"
+    ),
+    Mutation(
+        "bootstrap: not paired",
+        METRICS,
+        "differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)",
+        "differences = np.sort(np.asarray(a, dtype=np.float64)) - np.sort(np.asarray(b, dtype=np.float64))[::-1]",
+        "metrics",
+    ),
+    Mutation("bootstrap: confidence", METRICS, "confidence_level=confidence", "confidence_level=0.8", "metrics"),
+    Mutation(
+        "data: overlap with the held-out split",
+        DATA,
+        "if held_out.isdisjoint(keys)]",
+        "]",
+        "data::test_drop_overlap",
+    ),
+    Mutation(
+        "data: documents judged 0 are gold",
+        DATA,
+        "if judgement.score > 0 and judgement.document not in documents:",
+        "if judgement.document not in documents:",
+        "data::test_task_round_trip",
+    ),
+    Mutation(
+        "features: states of the padding",
+        "native_retrieval/features.py",
+        "row[-lengths[i] :]",
+        "row[: lengths[i]]",
+        "features::test_states_are_those_of_one_sequence_at_a_time",
+    ),
+    Mutation(
+        "agent: documents may close their fence",
+        "native_retrieval/agent.py",
+        "{plain(document['text'])}",
+        "{document['text']}",
+        "app::test_a_document_cannot_leave_its_fence_or_forge_a_turn",
+    ),
+]
+
+
+def copy_repository(target: Path) -> None:
+    """The files that git knows or would add, as they are now."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (REPOSITORY / name).is_file():  # not one that was deleted and is still in the index
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes((REPOSITORY / name).read_bytes())
+
+
+def passes(repository: Path, tests: Iterable[str]) -> bool:
+    """
+    Whether the tests pass, in a fork of this process, which has the libraries loaded already: that takes longer than
+    most tests. Raises `RuntimeError` if they cannot even begin.
+    """
+    output = repository / ".output"
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(repository, list(tests), output))
+    process.start()
+    process.join(TIMEOUT)
+    if process.is_alive():
+        process.kill()
+        return False
+    if process.exitcode not in (0, 1):
+        raise RuntimeError(f"{tests} do not run:\n{output.read_text()[-3000:]}")
+    return process.exitcode == 0
+
+
+def run_tests(repository: Path, tests: list[str], output: Path) -> NoReturn:
+    os.chdir(repository)
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    # The code of the copy, and never what a mutation of the same length and second before it was compiled to.
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (REPOSITORY, REPOSITORY / "tests")]
+    sys.dont_write_bytecode = True
+    named = (test.partition("::") for test in tests)
+    words = [f"tests/test_{file}.py{colons}{name}" for file, colons, name in named]
+    code = pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *words])
+    os._exit(code)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, help="the JSON file to write")
+    parser.add_argument("--only", default="", metavar="WORD", help="those that have this in their name")
+    arguments = parser.parse_args()
+    stale = [m for m in MUTATIONS if (REPOSITORY / m.file).read_text(encoding="utf-8").count(m.old) != 1]
+    for mutation in stale:
+        print(f"mutations: {mutation.name!r}: {mutation.file} has its text not exactly once; edit tests/mutations.py")
+    if stale:
+        return 1
+
+    chosen = [mutation for mutation in MUTATIONS if arguments.only in mutation.name]
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        copy = Path(folder)
+        copy_repository(copy)
+        # Where transformers puts the code of the models that it loads; their own processes read the variable.
+        transformers.dynamic_module_utils.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"] = str(copy / ".modules")
+        by_file = lambda tests: tests.partition("::")[0]  # noqa: E731
+        wanted = groupby(sorted({mutation.tests for mutation in chosen}), by_file)
+        for name, tests in tqdm([(name, list(tests)) for name, tests in wanted], desc="Without mutation", unit="file"):
+            if not passes(copy, tests):
+                print(f"mutations: tests/test_{name}.py fails without any mutation; mend that first")
+                return 1
+        bar = tqdm(chosen, desc="Mutations", unit="mutation")
+        for mutation in bar:
+            bar.set_postfix_str(mutation.name)
+            path = copy / mutation.file
+            whole = path.read_text(encoding="utf-8")
+            path.write_text(whole.replace(mutation.old, mutation.new), encoding="utf-8")
+            rows.append({"name": mutation.name, "file": mutation.file, "caught": not passes(copy, [mutation.tests])})
+            path.write_text(whole, encoding="utf-8")
+
+    sys.path.insert(0, str(REPOSITORY))
+    from native_retrieval.report import write_json
+
+    write_json(
+        {"command": f"python tests/mutations.py --output {arguments.output}", "mutations": rows}, arguments.output
+    )
+    unnoticed = [row["name"] for row in rows if not row["caught"]]
+    print(f"{len(rows) - len(unnoticed)} of {len(rows)} mutations were noticed")
+    for name in unnoticed:
+        print(f"mutations: no test notices {name!r}; write one")
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
