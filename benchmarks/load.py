@@ -32,7 +32,7 @@ def draw(result: dict, path: Path) -> None:
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot([row["requests"] for row in result["rows"]], [row["rss_mb"] for row in result["rows"]], color="#0072B2")
-    axes.set_ylim(0)
+    axes.set_ylim(0, 1.2 * max(row["rss_mb"] for row in result["rows"]))
     axes.set_xlabel(f"embed_query requests, from {result['threads']} threads")
     axes.set_ylabel("Resident memory (MB)")
     axes.spines[["top", "right"]].set_visible(False)

@@ -11,6 +11,8 @@ from pathlib import Path
 # Before anything of Hugging Face is imported, which reads it once. A test that reaches for the network fails.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: threads of several would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
