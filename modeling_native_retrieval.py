@@ -62,7 +62,9 @@ def check_messages(messages: Conversation, name: str = "conversation") -> None:
         raise ValueError(f"{name} is empty; give at least one message")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or "role" not in message:
-            raise ValueError(f"{name}, message {i}: {message!r:.80} is not a message; give {{'role', 'content'}}")
+            # Never the text itself: it may be private, and errors end in logs.
+            kind = "dict without a role" if isinstance(message, dict) else type(message).__name__
+            raise ValueError(f"{name}, message {i}, is a {kind}, which is no message; give {{'role', 'content'}}")
         if message["role"] not in ROLES:
             raise ValueError(f"{name}, message {i}: unknown role {message['role']!r}; use one of {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str) and not (

@@ -674,7 +674,9 @@ def check_corpus(corpus: Iterable[dict[str, str]]) -> list[dict[str, str]]:
         raise ValueError("The corpus is empty: synthesise needs documents to ask about.")
     for number, document in enumerate(documents, start=1):
         if not isinstance(document, dict):
-            raise ValueError(f"Corpus row {number} is {document!r:.60}: give an object with _id, title and text.")
+            raise ValueError(
+                f"Corpus row {number} is a {type(document).__name__}: give an object with _id, title and text."
+            )
         missing = [key for key in ("_id", "title", "text") if not isinstance(document.get(key), str)]
         if missing:
             raise ValueError(f"Corpus row {number} has no string {missing[0]!r}: it has {sorted(document)}; add it.")

@@ -345,7 +345,7 @@ ROWS = [
     module("synthesis", "--corpus data --output model", "model exists", "choose another"),
     module("synthesis", "--corpus data --output new --num_conversations 1", "num_conversations must be 3 or more", "1"),
     module("synthesis", "--corpus bad --output new", "Corpus row 1", "'title'", files=FEW_DOCUMENTS),
-    module("synthesis", "--corpus bad --output new", "Corpus row 1 is [1]", "give an object", files={"bad/corpus.jsonl": "[1]"}),
+    module("synthesis", "--corpus bad --output new", "Corpus row 1 is a list", "give an object", files={"bad/corpus.jsonl": "[1]"}),
     module("synthesis", "--corpus bad --output new", "corpus.jsonl, line 1", "UTF-8", files={"bad/corpus.jsonl": b"\xff"}),
     module("synthesis", "--corpus data --output new --llm nowhere", "--llm nowhere cannot be loaded"),
     module("synthesis", "--corpus data --output new --sede 3", "'--sede'", "--help"),

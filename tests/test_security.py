@@ -105,3 +105,20 @@ def test_loading_and_embedding_write_nothing_and_connect_nowhere(tiny_model, tmp
     # transformers copies the two files into its own cache, as for any such repository.
     ours = [event for event in events if "transformers_modules" not in event[1] and "__pycache__" not in event[1]]
     assert not ours, ours
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        ["my secret"],
+        [{"content": "my secret"}],
+        [{"role": "user", "content": ["my secret"]}],
+        [{"role": "nobody", "content": "my secret"}],
+        [{"role": "user", "content": "my secret " * 500}],
+        [{"role": "assistant", "content": "my secret"}, {"role": "user", "content": " "}],
+    ],
+)
+def test_errors_do_not_quote_what_was_said(tiny_model, messages):
+    with pytest.raises(ValueError) as error:
+        tiny_model.embed_query([messages])
+    assert "secret" not in str(error.value)
