@@ -71,7 +71,7 @@ def write(folder: Path, files: dict[str, str | bytes | list[Any]]) -> Path:
             content = jsonl(content)
         if isinstance(content, str):
             content = content.encode()
-        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        path.write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
     return folder
 
 
@@ -338,12 +338,12 @@ def test_bad_qrels(task_folder: Path, qrels: str | bytes, problem: str) -> None:
     [
         ("corpus.jsonl", b"", "corpus.jsonl: empty file"),
         ("corpus.jsonl", b"\n\n", "corpus.jsonl: empty file"),
-        ("corpus.jsonl.gz", gzip.compress(b""), "corpus.jsonl.gz: empty file"),
+        ("corpus.jsonl.gz", gzip.compress(b"", mtime=0), "corpus.jsonl.gz: empty file"),
         ("corpus.jsonl.gz", b"", "corpus.jsonl.gz: empty file"),
         ("corpus.jsonl.gz", jsonl(CORPUS).encode(), "corpus.jsonl.gz:1: not a gzip file"),
-        ("corpus.jsonl.gz", gzip.compress(jsonl(CORPUS).encode())[:-9], "corpus.jsonl.gz:"),
-        ("corpus.jsonl.gz", gzip.compress(gzip.compress(b"x")), "corpus.jsonl.gz: holds gzip data"),
-        ("corpus.jsonl", gzip.compress(jsonl(CORPUS).encode()), "corpus.jsonl: holds gzip data"),
+        ("corpus.jsonl.gz", gzip.compress(jsonl(CORPUS).encode(), mtime=0)[:-9], "corpus.jsonl.gz:"),
+        ("corpus.jsonl.gz", gzip.compress(gzip.compress(b"x", mtime=0), mtime=0), "corpus.jsonl.gz: holds gzip data"),
+        ("corpus.jsonl", gzip.compress(jsonl(CORPUS).encode(), mtime=0), "corpus.jsonl: holds gzip data"),
         ("corpus.jsonl", jsonl(CORPUS).encode("utf-16"), "corpus.jsonl:1: not UTF-8 (invalid start byte: 0xff)"),
     ],
 )
@@ -353,7 +353,7 @@ def test_bad_file(tmp_path: Path, name: str, content: bytes, problem: str) -> No
 
 
 def test_truncated_gzip_names_the_line(tmp_path: Path) -> None:
-    (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(jsonl(CORPUS).encode())[:-9])
+    (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(jsonl(CORPUS).encode(), mtime=0)[:-9])
     (problem,) = problems_of(load_corpus, tmp_path)
     assert "truncated or damaged gzip file" in problem
 
@@ -589,7 +589,7 @@ noise = st.binary(max_size=80) | st.lists(json_values, max_size=3).map(lambda ro
 def test_noise_raises_nothing_but_data_errors(noise: str | bytes, ending: str, zipped: bool) -> None:
     content = noise if isinstance(noise, bytes) else noise.encode()
     if ending and zipped:
-        content = gzip.compress(content)
+        content = gzip.compress(content, mtime=0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "qrels").mkdir()
