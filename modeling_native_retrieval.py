@@ -701,7 +701,6 @@ class NativeRetrievalModel(PreTrainedModel):
 
     @tokenizer.setter
     def tokenizer(self, tokenizer) -> None:
-        self._tokenizer = tokenizer
         seen = _tokenizer_fingerprint(tokenizer)
         if self.config.tokenizer_fingerprint is None:
             self.config.tokenizer_fingerprint = seen
@@ -717,6 +716,7 @@ class NativeRetrievalModel(PreTrainedModel):
         self._special_tokens = [s for s in tokenizer.convert_ids_to_tokens(self._special_ids) if len(s) > 1]
         pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self._line_end_ids = [i for i, s in enumerate(pieces) if s and ("\u010a" in s or "\n" in s or s == "<0x0A>")]
+        self._tokenizer = tokenizer  # last: another thread that sees it finds the rest as well
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import modeling_native_retrieval
 from configuration_native_retrieval import NativeRetrievalConfig
 from modeling_native_retrieval import NativeRetrievalModel, build_prompt
 
@@ -1435,3 +1438,24 @@ def test_how_the_backbone_stops_and_samples_is_saved(tiny_model: NativeRetrieval
     tiny_model.save_pretrained(tmp_path)
     loaded = NativeRetrievalModel.from_pretrained(tmp_path).backbone.generation_config
     assert (loaded.eos_token_id, loaded.do_sample, loaded.top_k) == ([2, 7, 9], True, 3)
+
+
+def test_threads_that_meet_a_fresh_model_wait_for_its_tokenizer(
+    tiny_model: NativeRetrievalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tiny_model.save_pretrained(tmp_path)
+    wanted = tiny_model.embed_query("Who built it?")
+    loaded = NativeRetrievalModel.from_pretrained(tmp_path)
+    fingerprint, reading = modeling_native_retrieval._tokenizer_fingerprint, threading.Event()
+
+    def slow(tokenizer) -> str:
+        reading.set()
+        time.sleep(0.2)
+        return fingerprint(tokenizer)
+
+    monkeypatch.setattr(modeling_native_retrieval, "_tokenizer_fingerprint", slow)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(loaded.embed_query, "Who built it?")
+        assert reading.wait(10)
+        assert_close(loaded.embed_query("Who built it?"), wanted)
+        assert_close(other.result(), wanted)
