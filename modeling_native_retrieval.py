@@ -966,13 +966,11 @@ class NativeRetrievalModel(PreTrainedModel):
         prompt_tokens = prefill.input_ids.shape[1]
         if mode == "generated":
             prefill, queries = self.write_queries(prefill)
-            # A query of nothing but a line end is empty; the end of the query prompt is then what there is to read.
             query_start = prompt_tokens + len(
                 self.tokenizer(self.config.query_prompt, add_special_tokens=False)["input_ids"]
             )
             readout_mask = prefill.attention_mask.bool().clone()
             readout_mask[:, :query_start] = False
-            readout_mask[~readout_mask.any(1), query_start - 1] = True
         elif mode == "probe":
             probe_states = self.pass_probe(prefill)
         output = NativeRetrievalModel.forward(  # by name: a subclass's `forward` gives logits
@@ -1063,8 +1061,7 @@ class NativeRetrievalModel(PreTrainedModel):
         Args:
             batch_size (`int`, *optional*): prompts in one pass, sorted by length, so that little of it is padding. By
                 default 32 on an accelerator and 1 on a CPU: in bfloat16, a prompt's vector depends a little on the others
-                beside it (cosines of 0.9999), and alone it is always the same. 4 are about a third faster on two cores,
-                and 32 no faster than 1.
+                beside it, and alone it is always the same. A few at a time are faster; `benchmarks/throughput.py`.
 
         Raises:
             `ValueError`: for a batch size below 1, or a mode that the model lacks.

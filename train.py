@@ -415,9 +415,6 @@ def run(argv: list[str], held: ExitStack) -> None:
             f"--output_dir, or here without {output_dir}/checkpoint-*"
         )
 
-    for name in ("contrastive_temperature", "rank_temperature"):
-        if not getattr(training_args, name) > 0:
-            raise ValueError(f"{name}={getattr(training_args, name)} must be above 0")
     from native_retrieval.cli import check_writable
 
     for flag, directory in (("output_dir", training_args.output_dir), ("cache_dir", data_args.cache_dir)):

@@ -5,8 +5,9 @@ Encoding a corpus: does memory grow with it, and how fast is the teacher?
     python benchmarks/corpus.py --output results/bench-corpus.json
 
 The texts are the Wikipedia leads that `make demo` has fetched, over and over, and, for speed, their sentences. Memory is
-measured with a teacher that costs next to nothing, speed with the real one, each in a process of its own. Peak resident memory counts the pages of mapped
-files too, which the system takes back whenever it needs them; the anonymous part is what the process itself holds.
+measured with a teacher that costs next to nothing, speed with the real one, each in a process of its own. Peak resident
+memory counts the pages of mapped files too, which the system takes back whenever it needs them; the anonymous part is what
+the process itself holds.
 """
 
 import argparse
@@ -91,35 +92,28 @@ def main() -> None:
     )
     parser.add_argument("--speed_documents", type=int, default=20_000, help="(default: %(default)s)")
     parser.add_argument("--output", required=True, help="the JSON file to write")
-    parser.add_argument(
-        "--parts", nargs="+", choices=["memory", "speed"], default=["memory", "speed"], help="(default: %(default)s)"
-    )
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     leads, sentences = load_corpus(arguments.corpus), load_texts(arguments.corpus)
     sentences = sentences.add_column("title", [""] * len(sentences))
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    # What another run has measured stays.
-    rows = json.loads(output.read_text())["rows"] if output.exists() else []
-    rows = [row for row in rows if row["part"] not in arguments.parts]
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         cheap = f"{folder}/cheap-teacher"
         write_cheap_teacher(Path(arguments.teacher, "tokenizer.json"), cheap)
-        works = [("memory", "a cheap teacher, leads", cheap, leads, count) for count in arguments.memory_documents]
+        works = [("a cheap teacher, leads", cheap, leads, count) for count in arguments.memory_documents]
         real = f"{Path(arguments.teacher).name}, sentences of leads"
-        works.append(("speed", real, arguments.teacher, sentences, arguments.speed_documents))
-        for part, what, teacher, documents, count in works:
-            if part not in arguments.parts:
-                continue
+        works.append((real, arguments.teacher, sentences, arguments.speed_documents))
+        for what, teacher, documents, count in works:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 write_corpus(documents, count, f"{scratch}/corpus")
                 command = [sys.executable, __file__, "--measure", teacher, f"{scratch}/corpus"]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            rows.append({"part": part, "what": what, **json.loads(done.stdout)})
+            rows.append({"what": what, **json.loads(done.stdout)})
             print(rows[-1], flush=True)
-            result = {"command": " ".join(["python", *sys.argv]), "environment": environment(), "rows": rows}
-            output.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"command": " ".join(["python", *sys.argv]), "environment": environment(), "rows": rows}
+    output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from native_retrieval.loading import load_model
 from native_retrieval.report import environment
 
 WRONG_BELOW = 0.9999  # cosine
+LOOK_EVERY = 100  # requests between two looks at the memory
 
 
 def draw(result: dict, path: Path) -> None:
@@ -45,7 +46,6 @@ def main() -> None:
     parser.add_argument("--queries", required=True, help="a queries.jsonl with messages")
     parser.add_argument("--requests", type=int, default=5000, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=8, help="that send them (default: %(default)s)")
-    parser.add_argument("--every", type=int, default=100, help="requests between two looks at the memory")
     parser.add_argument("--output", required=True, help="the JSON file to write; a figure goes into figures/ beside it")
     arguments = parser.parse_args()
     model = load_model(arguments.model)
@@ -67,7 +67,7 @@ def main() -> None:
             done += 1
             if torch.cosine_similarity(vector, alone[row], dim=0) < WRONG_BELOW:
                 wrong.append(number)
-            if done % arguments.every == 0:
+            if done % LOOK_EVERY == 0:
                 rows.append({"requests": done, "rss_mb": process.memory_info().rss // 10**6})
             bar.update()
 

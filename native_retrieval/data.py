@@ -132,6 +132,14 @@ def load_corpus(source: Source, *, revision: str | None = None) -> Dataset:
     return _load_corpus(folder)
 
 
+def read_documents(file: Path) -> list[dict[str, str]]:
+    """As [`load_corpus`], of one file of any name (`.gz` or not), into memory. Raises `DataError`, naming every bad row."""
+    problems: list[str] = []
+    documents = list(_identified_rows(file.parent, file.name, _document, problems))
+    _raise_if_any(str(file.parent), problems)
+    return documents
+
+
 def load_queries(source: Source, split: str | None = None, *, revision: str | None = None) -> Dataset:
     """Queries in file order: those that have a relevant document in `qrels/<split>.tsv`, or all if `split` is None.
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from .files import cache_to_write, is_sealed, seal, sha256, written_whole
+from .files import cache_to_write, is_sealed, say_damaged, seal, sha256, written_whole
 
 IN_MEMORY_BYTES = 2**30
 
@@ -103,7 +102,8 @@ class FeatureStore:
             with cache_to_write(cache_dir), FileLock(path.with_suffix(".lock")):
                 states = _open(path, shape)
                 if states is None:
-                    _say_if_damaged(path)
+                    if path.exists():
+                        say_damaged(path)
                     order = np.argsort(-lengths, kind="stable")  # longest first: memory runs out at once or never
                     whole_sequences = [sequences[i] for i in whole]
                     _fill(model, whole_sequences, begins, order, tokens_per_batch, path, shape, progress)
@@ -123,11 +123,6 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     except (FileNotFoundError, ValueError, EOFError):
         return None
     return array if array.shape == shape else None
-
-
-def _say_if_damaged(path: Path) -> None:
-    if path.exists():
-        print(f"{path} is damaged or has no checksum beside it, and is computed anew", file=sys.stderr)
 
 
 def _batches(order: np.ndarray, lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
@@ -199,8 +194,8 @@ def cached_queries(model, prompts: Sequence[Sequence[int]], cache_dir: str | os.
     if len(written) < len(prompts):
         with cache_to_write(cache_dir), FileLock(path.with_suffix(".lock")):
             written = _written(path)  # another process may have gone on meanwhile
-            if not written:
-                _say_if_damaged(path)
+            if not written and path.exists():
+                say_damaged(path)
             order = [i for i in np.argsort([len(p) for p in prompts], kind="stable") if str(i) not in written]
             with tqdm(total=len(prompts), initial=len(written), desc="Queries by the backbone", unit="query") as bar:
                 for begin in range(0, len(order), batch_size):

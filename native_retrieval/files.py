@@ -3,6 +3,7 @@
 
 import hashlib
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,11 @@ def is_sealed(path: Path) -> bool:
         return _seal_of(path).read_text().strip() == sha256(path)
     except (OSError, UnicodeDecodeError):
         return False
+
+
+def say_damaged(path: Path) -> None:
+    """Tells, on stderr, why a cached file is computed again."""
+    print(f"{path} is not as it was written (another checksum, or none), and is computed again", file=sys.stderr)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ questions out of what each text says (its verbs, years, names), so that their vo
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import os
@@ -20,7 +19,6 @@ import random
 import re
 import shutil
 import sys
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -768,7 +766,9 @@ def divide(items: Sequence, shares: Sequence[float], minimum: int) -> list[Seque
 
 
 def load_corpus(path: str | os.PathLike) -> list[dict[str, str]]:
-    """Reads `corpus.jsonl` or `corpus.jsonl.gz`: the file itself, or the folder that holds it."""
+    """Reads `corpus.jsonl` or `corpus.jsonl.gz`: the file itself, or the folder that holds it; see `data.py`."""
+    from .data import read_documents
+
     path = Path(path)
     candidates = [path / "corpus.jsonl", path / "corpus.jsonl.gz"] if path.is_dir() else [path]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
@@ -776,18 +776,7 @@ def load_corpus(path: str | os.PathLike) -> list[dict[str, str]]:
         raise ValueError(
             f"No corpus at {path}: expected a .jsonl or .jsonl.gz file, or a folder with corpus.jsonl in it."
         )
-    documents, number = [], 0
-    try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as lines:
-            for line in lines:
-                number += 1
-                if line.strip():
-                    documents.append(json.loads(line))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {number} is not JSON ({error}); mend it, or leave it out.") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{file}, line {number + 1} cannot be read ({error}); write it as UTF-8.") from None
-    return documents
+    return read_documents(file)
 
 
 @dataclass

@@ -7,7 +7,6 @@ three are computed once, by as many processes as there are, and kept on disk und
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
@@ -22,7 +21,7 @@ from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
-from .files import cache_to_write, is_sealed, written_whole
+from .files import cache_to_write, is_sealed, say_damaged, written_whole
 
 # Fixed for ever: a teacher is recognised by its vectors of these.
 FINGERPRINT_SENTENCES = (
@@ -292,7 +291,7 @@ def _fill(
     lock = FileLock(path.with_suffix(".lock"))
     with lock:
         if path.exists() and not is_sealed(path):
-            _say_damaged(path)
+            say_damaged(path)
             path.unlink()
     while not path.exists():
         with tqdm(**bar) as shown:
@@ -335,7 +334,7 @@ def _join_shards(path: Path, shards: list[slice], shape: tuple[int, ...], dtype:
     """Writes the whole unless a shard is damaged, which is then gone."""
     damaged = [shard for rows in shards if not is_sealed(shard := _shard(path, rows))]
     for shard in damaged:
-        _say_damaged(shard)
+        say_damaged(shard)
         shard.unlink(missing_ok=True)
     if damaged:
         return
@@ -352,10 +351,6 @@ def _shards(num_rows: int) -> list[slice]:
 
 def _shard(path: Path, rows: slice) -> Path:
     return path.with_suffix(f".{rows.start:012d}.npy")
-
-
-def _say_damaged(path: Path) -> None:
-    print(f"{path} is not as it was written (another checksum, or none), and is computed again", file=sys.stderr)
 
 
 def _is_first_process() -> bool:

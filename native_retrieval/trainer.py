@@ -81,6 +81,9 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
         weights = (self.alignment_weight, self.contrastive_weight, self.rank_weight)
         if min(weights) < 0 or not any(weights):
             raise ValueError(f"loss weights {weights} must not be negative, and at least one must be above 0")
+        for name in ("contrastive_temperature", "rank_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
         if self.hub_strategy != "end":
             raise ValueError(f"hub_strategy={self.hub_strategy!r} would push checkpoints without a backbone; use 'end'")
 

@@ -68,8 +68,7 @@ def own_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     datasets.config.HF_DATASETS_CACHE = before
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with ChatML; a line end is the ordinary token `Ċ`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -91,6 +90,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=list(SPECIAL_TOKENS),
         model_max_length=CONTEXT,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of `make_tokenizer`."""
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="session")

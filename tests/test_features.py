@@ -220,7 +220,7 @@ def test_a_flipped_byte_is_told_and_computed_anew(
     flip_a_byte(path)
     assert_states(FeatureStore.build(tiny_model, sequences, tmp_path), tiny_model, sequences)
     assert path.read_bytes() == whole
-    assert [line for line in capsys.readouterr().err.splitlines() if str(path) in line and "computed anew" in line]
+    assert [line for line in capsys.readouterr().err.splitlines() if str(path) in line and "computed again" in line]
 
 
 def test_a_flipped_byte_in_the_written_queries_is_told_and_computed_anew(
@@ -231,7 +231,7 @@ def test_a_flipped_byte_in_the_written_queries_is_told_and_computed_anew(
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "0": [1, 2, 3]}))  # JSON still, and the wrong query
     assert cached_queries(tiny_model, sequences, tmp_path) == wanted
-    assert f"{path} is damaged" in capsys.readouterr().err
+    assert f"{path} is not as it was written" in capsys.readouterr().err
 
 
 def test_what_is_finished_is_read_without_writing(

@@ -34,12 +34,11 @@ import datasets
 import faiss
 import numpy as np
 import torch
-from conftest import CHATML, SENTENCES, SPECIAL_TOKENS, write_beir_folder
+from conftest import SENTENCES, make_tokenizer, write_beir_folder
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import train
@@ -235,33 +234,11 @@ def refused(read: Callable[[], Result]) -> Result | None:
         return None
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        SENTENCES,
-        trainers.BpeTrainer(
-            vocab_size=420,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=list(SPECIAL_TOKENS),
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=CHATML,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    )
-
-
 def make_steps(place: Path, small: bool = False) -> list[Step]:
     """Tiny random models and data in `place`, and the steps over them."""
     part = 0.2 if small else 1
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
+    tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
