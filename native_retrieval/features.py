@@ -1,4 +1,4 @@
-"""Hidden states of the frozen backbone, computed once and memory-mapped from disk.
+"""Hidden states of the frozen backbone, computed once and memory-mapped from disk, and the queries that it writes.
 
 The backbone never changes in training, so neither do its states. A turn's prompt is a prefix of the next turn's, and in
 a causal model so are its states: each conversation is computed once, whole, and every turn reads a part of it.
@@ -7,18 +7,21 @@ a causal model so are its states: each conversation is computed once, whole, and
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
-from tqdm.auto import tqdm
 
-from .files import cache_to_write, is_sealed, say_damaged, seal, sha256, written_whole
+from .files import written_whole
+from .shards import Advance, Shard, cached_rows, make_in_shards, num_rows, slices
 
 IN_MEMORY_BYTES = 2**30
+# What a process computes at a time, and a killed one loses: on two cores half a minute's work, on a GPU a second's, and
+# still far more than it takes to find the next. The same for any number of processes: what else is in a batch moves
+# the last bits of a prompt's states.
+SHARD_TOKENS = 2**15
+SHARD_QUERIES = 128
 
 
 def shared_prefixes(sequences: Sequence[Sequence[int]]) -> tuple[list[int], np.ndarray]:
@@ -78,8 +81,8 @@ class FeatureStore:
         """
         The states of `sequences` (token ids without padding) under a `NativeRetrievalModel`'s backbone.
 
-        What is on disk already is read; what a stopped run left half done is gone on with; a damaged file is computed
-        anew, which a line on stderr says.
+        What is on disk already is read. The rest is computed in shards, by all processes that ask for it; what a
+        stopped run has finished is gone on with; a damaged file is computed anew, which a line on stderr says.
 
         Raises:
             `OSError`: if there is no room, or `cache_dir` cannot be written to.
@@ -92,125 +95,80 @@ class FeatureStore:
 
         text = model.config.text_config.get_text_config()
         shape = (int(begins[-1]), len(model.config.hidden_state_layers), text.hidden_size)
-        key = _key(model, sequences, model.config.hidden_state_layers, str(model.backbone.dtype))
-        path = Path(cache_dir) / f"features-{key}.npy"
         if not len(whole):
             return cls(np.empty(shape, dtype=np.int16), starts, own_lengths)
-        states = _open(path, shape)
-        if states is None:
-            # A second process waits here, and then finds the file.
-            with cache_to_write(cache_dir), FileLock(path.with_suffix(".lock")):
-                states = _open(path, shape)
-                if states is None:
-                    if path.exists():
-                        say_damaged(path)
-                    order = np.argsort(-lengths, kind="stable")  # longest first: memory runs out at once or never
-                    whole_sequences = [sequences[i] for i in whole]
-                    _fill(model, whole_sequences, begins, order, tokens_per_batch, path, shape, progress)
-                    states = _mapped(path, shape)
+        sequence_at = dict(zip(begins[:-1].tolist(), whole, strict=True))
+        # Longest first: memory runs out at once or never.
+        order = [slice(int(begins[i]), int(begins[i + 1])) for i in np.argsort(-lengths, kind="stable")]
+
+        def compute(shard: Shard, advance: Advance) -> Iterator[np.ndarray]:
+            for batch in _batches(shard, tokens_per_batch):
+                input_ids, mask = model.pad([list(sequences[sequence_at[rows.start]]) for rows in batch])
+                hidden = model.prefill(input_ids, mask, use_cache=False).hidden_states.to(torch.bfloat16).cpu()
+                for row, rows in zip(hidden, batch, strict=True):
+                    yield row[-num_rows(rows) :].contiguous().view(torch.int16).numpy()
+                advance(sum(map(num_rows, batch)))
+
+        states = cached_rows(
+            Path(cache_dir),
+            f"features-{_key(model, sequences, model.config.hidden_state_layers, str(model.backbone.dtype))}",
+            shape,
+            np.int16,
+            _batches(order, SHARD_TOKENS),
+            compute,
+            otherwise=", or train with online_features",
+            desc=progress,
+            unit="token",
+            unit_scale=True,
+        )
         # A small one is kept in memory: some systems are quick to drop what they have read of a file.
         return cls(np.array(states) if states.nbytes < IN_MEMORY_BYTES else states, starts, own_lengths)
 
 
-def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The array on disk, mapped; None if it is not there, or not as it was written."""
-    return _mapped(path, shape) if is_sealed(path) else None
-
-
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (FileNotFoundError, ValueError, EOFError):
-        return None
-    return array if array.shape == shape else None
-
-
-def _batches(order: np.ndarray, lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Neighbours in an order by length, longest first, as many in each batch as `tokens_per_batch` allows."""
-    batches: list[list[int]] = []
-    for i in order:
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens_per_batch:
+def _batches(order: Sequence[slice], num_tokens: int) -> list[list[slice]]:
+    """Neighbours in an order by length, longest first; in each batch at most `num_tokens`, padding included, or one."""
+    batches: list[list[slice]] = []
+    for rows in order:
+        if not batches or (len(batches[-1]) + 1) * num_rows(batches[-1][0]) > num_tokens:
             batches.append([])
-        batches[-1].append(int(i))
+        batches[-1].append(rows)
     return batches
-
-
-def _fill(model, sequences, begins, order, tokens_per_batch: int, path: Path, shape: tuple, progress: str) -> None:
-    partial, done_file = path.with_suffix(".partial.npy"), path.with_suffix(".partial.json")
-    lengths = [len(sequence) for sequence in sequences]
-    done = _sequences_done(done_file)
-    states = _mapped(partial, shape) if done else None
-    if states is None:
-        done = 0
-        done_file.unlink(missing_ok=True)  # first: it would say of the new file what was true of an old one
-        needed, free = int(np.prod(shape)) * 2, shutil.disk_usage(path.parent).free
-        if needed > free:
-            raise OSError(
-                f"hidden states need {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} GB free; "
-                "free some, set another cache_dir, or train with online_features"
-            )
-        states = np.lib.format.open_memmap(partial, mode="w+", dtype=np.int16, shape=shape)
-    start, token = states.offset, 2 * int(np.prod(shape[1:]))
-    del states
-    # Written, and not through a map: on a full disk, a map's pages would end the process without a word.
-    with open(partial, "r+b") as file, tqdm(total=sum(lengths), desc=progress, unit="token", unit_scale=True) as bar:
-        bar.update(sum(lengths[i] for i in order[:done]))
-        for number, batch in enumerate(_batches(order[done:], lengths, tokens_per_batch), start=1):
-            input_ids, mask = model.pad([list(sequences[i]) for i in batch])
-            hidden = model.prefill(input_ids, mask, use_cache=False).hidden_states.to(torch.bfloat16).cpu()
-            for row, i in zip(hidden, batch, strict=True):
-                file.seek(start + token * int(begins[i]))
-                file.write(row[-lengths[i] :].contiguous().view(torch.int16).numpy())
-            done += len(batch)
-            bar.update(sum(lengths[i] for i in batch))
-            if number % 50 == 0:
-                file.flush()
-                os.fsync(file.fileno())
-                with written_whole(done_file) as half_done:
-                    half_done.write_text(json.dumps({"sequences": done}))
-    seal(path, sha256(partial))
-    os.replace(partial, path)
-    done_file.unlink(missing_ok=True)
-
-
-def _sequences_done(done_file: Path) -> int:
-    """How many sequences, in the order in which they are computed, a stopped run has left in its half-done file."""
-    try:
-        return json.loads(done_file.read_text())["sequences"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return 0
 
 
 def cached_queries(model, prompts: Sequence[Sequence[int]], cache_dir: str | os.PathLike, batch_size: int = 32):
     """
-    The search query, as token ids, that the frozen backbone writes after each prompt; kept on disk as it is written.
+    The search query, as token ids, that the frozen backbone writes after each prompt; kept on disk, and computed in
+    shards, as [`FeatureStore.build`] does.
 
     Returns:
         `list[list[int]]`, in the order of `prompts`.
+
+    Raises:
+        `OSError`: if `cache_dir` cannot be written to.
     """
     key = _key(model, prompts, str(model.backbone.dtype), model.config.query_prompt, model.config.max_query_tokens)
     path = Path(cache_dir) / f"queries-{key}.json"
-    written = _written(path)
-    if len(written) < len(prompts):
-        with cache_to_write(cache_dir), FileLock(path.with_suffix(".lock")):
-            written = _written(path)  # another process may have gone on meanwhile
-            if not written and path.exists():
-                say_damaged(path)
-            order = [i for i in np.argsort([len(p) for p in prompts], kind="stable") if str(i) not in written]
-            with tqdm(total=len(prompts), initial=len(written), desc="Queries by the backbone", unit="query") as bar:
-                for begin in range(0, len(order), batch_size):
-                    rows = order[begin : begin + batch_size]
-                    prefill = model.prefill(*model.pad([list(prompts[i]) for i in rows]))
-                    written.update(zip(map(str, rows), model.write_queries(prefill)[1], strict=True))
-                    bar.update(len(rows))
-                    if (begin // batch_size) % 10 == 9 or begin + batch_size >= len(order):
-                        with written_whole(path, sealed=True) as partial:
-                            partial.write_text(json.dumps(written))
+    order = np.argsort([len(prompt) for prompt in prompts], kind="stable").tolist()
+    shards = [order[places] for places in slices(len(order), SHARD_QUERIES)]
+
+    def write(number: int, advance: Advance) -> str:
+        written = {}
+        for places in slices(len(shards[number]), batch_size):
+            rows = shards[number][places]
+            prefill = model.prefill(*model.pad([list(prompts[i]) for i in rows]))
+            written.update(zip(map(str, rows), model.write_queries(prefill)[1], strict=True))
+            advance(len(rows))
+        return json.dumps(written)
+
+    def join(parts: list[str]) -> list[int]:
+        written = dict(item for part in parts for item in json.loads(part).items())
+        with written_whole(path, sealed=True) as partial:
+            partial.write_text(json.dumps(written))
+        return []
+
+    make_in_shards(path, list(map(len, shards)), write, join, desc="Queries by the backbone", unit="query")
+    written = json.loads(path.read_text())
     return [written[str(i)] for i in range(len(prompts))]
-
-
-def _written(path: Path) -> dict[str, list[int]]:
-    return json.loads(path.read_text()) if is_sealed(path) else {}
 
 
 def _key(model, sequences, *settings) -> str:

@@ -17,11 +17,10 @@ import faiss
 import numpy as np
 import torch
 from datasets import Dataset
-from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
-from .files import cache_to_write, is_sealed, say_damaged, written_whole
+from .shards import Advance, cached_rows, slices
 
 # Fixed for ever: a teacher is recognised by its vectors of these.
 FINGERPRINT_SENTENCES = (
@@ -39,8 +38,6 @@ FINGERPRINT_TOLERANCE = 12
 # Rows computed at a time, whatever the number of processes: what else is in a batch moves the last bits of a vector.
 SHARD_ROWS = 8192
 SEARCHED_AT_ONCE = 1024
-
-Advance = Callable[[int], object]  # told how many more rows are done
 
 
 def same_teacher(a: str, b: str) -> bool:
@@ -167,15 +164,19 @@ class Teacher:
         half_precision: bool = False,
     ) -> np.ndarray:
         settings = (self.fingerprint, kind, *(["half precision"] if half_precision else []))
-        texts = (text for rows in _shards(num_texts) for text in read(rows))
+        shards = slices(num_texts, SHARD_ROWS)
+        texts = (text for rows in shards for text in read(rows))
         return cached_rows(
             self.cache_dir,
             f"vectors-{_key(chain(settings, texts))}",
             (num_texts, self.dimension),
             np.float32,
-            lambda rows, advance: self._encode(read(rows), kind, half_precision, advance, rows.start),
-            progress,
-            "text",
+            [[rows] for rows in shards],
+            lambda shard, advance: (
+                self._encode(read(rows), kind, half_precision, advance, rows.start) for rows in shard
+            ),
+            desc=progress,
+            unit="text",
         )
 
     def ranking(self, targets: np.ndarray, documents: np.ndarray, k: int = 128) -> np.ndarray:
@@ -186,9 +187,10 @@ class Teacher:
             f"ranking-{_key((self.fingerprint, str(k), _array_key(targets), _array_key(documents)))}",
             (len(targets), k),
             np.int32,
-            lambda rows, advance: search(documents, targets[rows], k, advance)[1].astype(np.int32),
-            "Ranking",
-            "query",
+            [[rows] for rows in slices(len(targets), SHARD_ROWS)],
+            lambda shard, advance: (search(documents, targets[rows], k, advance)[1] for rows in shard),
+            desc="Ranking",
+            unit="query",
         )
 
 
@@ -238,123 +240,6 @@ def search(
             advance(len(some))
     scores, rows = zip(*parts, strict=True)
     return np.concatenate(scores), np.concatenate(rows)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def cached_rows(
-    cache_dir: Path | None,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: type,
-    compute: Callable[[slice, Advance], np.ndarray],
-    progress: str | None = None,
-    unit: str = "row",
-) -> np.ndarray:
-    """
-    An array that is computed in shards of its rows, kept in `cache_dir/name.npy` and memory-mapped from there.
-
-    Processes that make the same call share the work, whether one launcher has started them or not: each takes the next
-    shard that nobody is at, and all return when the whole is there. A stopped run leaves its shards to the next. What is
-    not as it was written, by its checksum, is computed anew. Memory holds a shard at a time.
-
-    Args:
-        cache_dir (`Path`, *optional*): on a file system that the processes share; without it nothing is kept.
-        shape, dtype: of the whole array, `shape[0]` rows.
-        compute (`Callable`): the rows of a slice; it may call its second argument with the number of rows just done.
-        progress (`str`, *optional*): the name on the progress bar, which the first process of a launcher shows for all.
-
-    Raises:
-        `OSError`: if `cache_dir` cannot be written to.
-    """
-    shards = _shards(shape[0])
-    bar = {"total": shape[0], "desc": progress, "unit": unit, "disable": progress is None or not _is_first_process()}
-    if cache_dir is None:
-        array = np.empty(shape, dtype)
-        with tqdm(**bar) as shown:
-            for rows in shards:
-                array[rows] = compute(rows, shown.update)
-        return array
-    path = cache_dir / f"{name}.npy"
-    if not is_sealed(path):
-        with cache_to_write(cache_dir):
-            _fill(path, shards, shape, dtype, compute, bar)
-    return np.load(path, mmap_mode="r")
-
-
-def _fill(
-    path: Path, shards: list[slice], shape: tuple[int, ...], dtype: type, compute: Callable, bar: Mapping
-) -> None:
-    lock = FileLock(path.with_suffix(".lock"))
-    with lock:
-        if path.exists() and not is_sealed(path):
-            say_damaged(path)
-            path.unlink()
-    while not path.exists():
-        with tqdm(**bar) as shown:
-            _compute_shards(path, shards, compute, shown)
-        with lock:
-            if not path.exists():
-                _join_shards(path, shards, shape, dtype)
-    # Each process does, as one that was late has made a lock anew.
-    for left in chain(path.parent.glob(f"{path.stem}.[0-9]*"), path.parent.glob(f".{path.stem}.*.partial")):
-        left.unlink(missing_ok=True)
-
-
-def _compute_shards(path: Path, shards: list[slice], compute: Callable, bar: tqdm) -> None:
-    """Returns when every shard is there, or the whole, by whichever process."""
-
-    def finished() -> int:
-        there = [rows for rows in shards if _shard(path, rows).exists()]
-        return shards[-1].stop if path.exists() else sum(rows.stop - rows.start for rows in there)
-
-    bar.update(finished())
-    for wait in (False, True):  # first what nobody is at; then what others were at, if they have left it undone
-        for rows in shards:
-            if path.exists():
-                break
-            shard = _shard(path, rows)
-            try:
-                held = FileLock(shard.with_suffix(".lock"), blocking=wait).acquire()
-            except Timeout:
-                continue
-            with held:
-                if not path.exists() and not shard.exists():
-                    array = compute(rows, bar.update)
-                    with written_whole(shard, sealed=True) as partial, partial.open("wb") as file:
-                        np.save(file, array)
-            bar.update(finished() - bar.n)
-    bar.update(finished() - bar.n)
-
-
-def _join_shards(path: Path, shards: list[slice], shape: tuple[int, ...], dtype: type) -> None:
-    """Writes the whole unless a shard is damaged, which is then gone."""
-    damaged = [shard for rows in shards if not is_sealed(shard := _shard(path, rows))]
-    for shard in damaged:
-        say_damaged(shard)
-        shard.unlink(missing_ok=True)
-    if damaged:
-        return
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    with written_whole(path, sealed=True) as partial, partial.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for rows in shards:
-            file.write(np.load(_shard(path, rows)).data)
-
-
-def _shards(num_rows: int) -> list[slice]:
-    return [slice(begin, min(begin + SHARD_ROWS, num_rows)) for begin in range(0, num_rows, SHARD_ROWS)]
-
-
-def _shard(path: Path, rows: slice) -> Path:
-    return path.with_suffix(f".{rows.start:012d}.npy")
-
-
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # what torchrun and accelerate launch set
 
 
 def _key(parts: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """
 One epoch without learning for each case: writes the steps' losses and gradients, averaged over the devices, and the
-teacher's vectors and rankings, which the devices share.
+teacher's vectors and rankings, hidden states and written queries, which the devices share.
 """
 
 import json
@@ -13,9 +13,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_native_retrieval import NativeRetrievalModel
+from native_retrieval import features as features_module
 from native_retrieval import teacher as teacher_module
 from native_retrieval.data import load_task
 from native_retrieval.examples import build_examples
+from native_retrieval.features import cached_queries
 from native_retrieval.teacher import Teacher
 from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
 
@@ -43,7 +45,9 @@ def whole(gradient: torch.Tensor) -> torch.Tensor:
 steps: list[dict] = []
 torch.manual_seed(0)
 folder, result = Path(output).parent, {}
-teacher_module.SHARD_ROWS = 4  # enough shards for both
+# Enough shards for both.
+teacher_module.SHARD_ROWS = features_module.SHARD_QUERIES = 4
+features_module.SHARD_TOKENS = 512
 teacher = Teacher(teacher_dir, cache_dir=folder / "teacher")
 model = NativeRetrievalModel.from_backbone(
     AutoModelForCausalLM.from_pretrained(backbone_dir),
@@ -56,6 +60,7 @@ model = NativeRetrievalModel.from_backbone(
     max_query_tokens=8,
 )
 task = load_task(data, "train")
+cached_queries(model, [model.build_prompt(messages) for messages in task.queries["messages"]], folder / "cache")
 for name, (count, (alignment, contrastive, rank)) in json.loads(cases).items():
     queries = task.queries.select(range(count))
     examples = build_examples(

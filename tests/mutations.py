@@ -411,9 +411,16 @@ MUTATIONS = [
     Mutation(
         "features: states of the padding",
         "native_retrieval/features.py",
-        "row[-lengths[i] :]",
-        "row[: lengths[i]]",
+        "row[-num_rows(rows) :]",
+        "row[: num_rows(rows)]",
         "features::test_states_are_those_of_one_sequence_at_a_time",
+    ),
+    Mutation(
+        "shards: a damaged one is believed",
+        "native_retrieval/shards.py",
+        "if array_file.checksum(shards[i]) != wanted",
+        "if False",
+        "sharded::test_a_damaged_shard_is_computed_anew",
     ),
     Mutation(
         "agent: documents may close their fence",

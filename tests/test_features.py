@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from modeling_native_retrieval import NativeRetrievalModel
 from native_retrieval.features import FeatureStore, cached_queries, shared_prefixes
 
+# Of 4 tokens each, which with the fixture `small_shards` go by ten.
+SHORT_SEQUENCES = [[10 + i, 11, 12, 13 + i % 5] for i in range(120)]
 # Few different tokens, so that prefixes and duplicates are common.
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), max_size=12)
 
@@ -61,6 +63,11 @@ def assert_states(store: FeatureStore, model: NativeRetrievalModel, sequences: l
         wanted = model.prefill(torch.tensor([sequence]), use_cache=False).hidden_states[0]
         assert store[i].dtype == torch.bfloat16
         torch.testing.assert_close(store[i].float(), wanted.float(), rtol=0.01, atol=1e-3)  # bfloat16: 8 bits
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("native_retrieval.features.SHARD_TOKENS", 40)
 
 
 class Counted:
@@ -145,9 +152,13 @@ def test_a_stored_tensor_may_be_written_to(
 
 @pytest.mark.parametrize("break_at", [0, 1, 75, 119])
 def test_a_build_that_was_broken_off_goes_on(
-    make_model: Callable[..., NativeRetrievalModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, break_at: int
+    make_model: Callable[..., NativeRetrievalModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_shards: None,
+    break_at: int,
 ):
-    sequences = [[10 + i, 11, 12, 13 + i % 5] for i in range(120)]
+    sequences = SHORT_SEQUENCES
     whole = FeatureStore.build(make_model(), sequences, tmp_path / "whole", tokens_per_batch=4)
     model = make_model()
     with monkeypatch.context() as patch:
@@ -157,7 +168,7 @@ def test_a_build_that_was_broken_off_goes_on(
     counted = Counted(model, monkeypatch)
     store = FeatureStore.build(model, sequences, tmp_path / "broken", tokens_per_batch=4)
     assert all(torch.equal(store[i], whole[i]) for i in range(len(sequences)))
-    assert counted.calls <= 120 - break_at // 2
+    assert counted.calls == 120 - break_at // 10 * 10
     # Nothing half-done is left beside the whole file.
     assert len(list((tmp_path / "broken").glob("*.npy"))) == 1
     assert not [path.name for path in (tmp_path / "broken").iterdir() if "partial" in path.name]
@@ -239,7 +250,7 @@ def test_what_is_finished_is_read_without_writing(
 ):
     FeatureStore.build(tiny_model, sequences, tmp_path)
     queries = cached_queries(tiny_model, sequences, tmp_path)
-    monkeypatch.setattr("native_retrieval.features.FileLock", None)  # the first thing that would be written
+    monkeypatch.setattr("native_retrieval.shards.FileLock", None)  # the first thing that would be written
     before = tmp_path.stat().st_mtime_ns
     assert_states(FeatureStore.build(tiny_model, sequences, tmp_path), tiny_model, sequences)
     assert cached_queries(tiny_model, sequences, tmp_path) == queries
@@ -261,9 +272,9 @@ def test_a_cache_that_cannot_be_written_to_is_named(
 
 
 def test_a_disk_that_fills_up_is_named_and_what_was_done_is_gone_on_with(
-    tiny_model: NativeRetrievalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: NativeRetrievalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_shards: None
 ):
-    sequences = [[10 + i, 11, 12, 13 + i % 5] for i in range(120)]
+    sequences = SHORT_SEQUENCES
     whole = FeatureStore.build(tiny_model, sequences, tmp_path / "whole", tokens_per_batch=4)
     prefill, passed = tiny_model.prefill, 0
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -290,28 +301,34 @@ def test_a_disk_that_fills_up_is_named_and_what_was_done_is_gone_on_with(
 
 
 def test_what_was_half_done_is_gone_on_with_in_batches_of_another_size(
-    tiny_model: NativeRetrievalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: NativeRetrievalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_shards: None
 ):
-    sequences = [[10 + i, 11, 12, 13 + i % 5] for i in range(120)]
     with monkeypatch.context() as patch:
         Counted(tiny_model, patch, 75)
         with pytest.raises(KeyboardInterrupt):
-            FeatureStore.build(tiny_model, sequences, tmp_path, tokens_per_batch=4)
-    store = FeatureStore.build(tiny_model, sequences, tmp_path, tokens_per_batch=40)
-    assert_states(store, tiny_model, sequences)
+            FeatureStore.build(tiny_model, SHORT_SEQUENCES, tmp_path, tokens_per_batch=4)
+    with monkeypatch.context() as patch:
+        counted = Counted(tiny_model, patch)
+        store = FeatureStore.build(tiny_model, SHORT_SEQUENCES, tmp_path, tokens_per_batch=40)
+    assert (counted.calls, counted.tokens) == (5, 200)
+    assert_states(store, tiny_model, SHORT_SEQUENCES)
 
 
 def test_what_was_done_of_an_earlier_file_is_not_believed_of_a_new_one(
-    tiny_model: NativeRetrievalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: NativeRetrievalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_shards: None
 ):
-    # Killed after the file had its name, and before the note beside it went; then the file was damaged.
-    sequences = [[10 + i, 11, 12, 13 + i % 5] for i in range(120)]
-    FeatureStore.build(tiny_model, sequences, tmp_path, tokens_per_batch=4)
-    (path,) = tmp_path.glob("*.npy")
-    path.with_suffix(".partial.json").write_text(json.dumps({"sequences": 100}))
-    flip_a_byte(path)
+    # Killed after the file had its name, and before the notes beside it went; then the file was damaged.
     with monkeypatch.context() as patch:
-        Counted(tiny_model, patch, 10)
+        Counted(tiny_model, patch, 110)
         with pytest.raises(KeyboardInterrupt):
-            FeatureStore.build(tiny_model, sequences, tmp_path, tokens_per_batch=4)
-    assert_states(FeatureStore.build(tiny_model, sequences, tmp_path, tokens_per_batch=4), tiny_model, sequences)
+            FeatureStore.build(tiny_model, SHORT_SEQUENCES, tmp_path, tokens_per_batch=4)
+    notes = {path: path.read_bytes() for path in tmp_path.glob("*.shard*")}
+    FeatureStore.build(tiny_model, SHORT_SEQUENCES, tmp_path, tokens_per_batch=4)
+    (path,) = tmp_path.glob("*.npy")
+    whole = path.read_bytes()
+    flip_a_byte(path)
+    assert len(notes) == 22  # each with its checksum
+    for note, content in notes.items():
+        note.write_bytes(content)
+    FeatureStore.build(tiny_model, SHORT_SEQUENCES, tmp_path, tokens_per_batch=4)
+    assert path.read_bytes() == whole

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from native_retrieval import teacher as teacher_module
-from native_retrieval.teacher import FINGERPRINT_SENTENCES, Teacher, cached_rows, document_texts, same_teacher, search
+from native_retrieval.teacher import FINGERPRINT_SENTENCES, Teacher, document_texts, same_teacher, search
 
 REAL_TEACHER = os.environ.get("NATIVE_RETRIEVAL_TEACHER")
 
@@ -228,37 +228,6 @@ def test_a_damaged_file_is_computed_anew(
     # And it is whole again.
     np.testing.assert_array_equal(Teacher("mine", cache_dir=tmp_path).cached(TEXTS, "query", "Vectors"), wanted)
     assert len(FakeSentenceTransformer.encoded) == 2 * len(TEXTS)
-
-
-def test_a_computation_that_fails_leaves_no_array(tmp_path: Path):
-    def compute(rows: slice, advance: Callable) -> np.ndarray:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cached_rows(tmp_path / "cache", "name", (3,), np.float64, compute)
-    assert not list(tmp_path.rglob("*.npy"))
-
-
-def test_a_write_that_fails_leaves_no_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def save(file, array) -> None:
-        file.write(b"half")
-        raise OSError("No space left on device")
-
-    def ones() -> np.ndarray:
-        return cached_rows(tmp_path, "name", (3,), np.float64, lambda rows, advance: np.ones(3))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "save", save)
-        with pytest.raises(OSError, match="No space"):
-            ones()
-    assert not list(tmp_path.rglob("*.npy*"))
-    np.testing.assert_array_equal(ones(), np.ones(3))
-
-
-def test_a_cached_array_is_mapped_and_read_only(tmp_path: Path):
-    for _ in range(2):
-        array = cached_rows(tmp_path, "name", (4, 2), np.float32, lambda rows, advance: np.ones((4, 2), np.float32))
-        assert isinstance(array, np.memmap) and not array.flags.writeable
 
 
 # Rankings

@@ -43,6 +43,7 @@ from transformers.utils import logging
 
 import train
 from modeling_native_retrieval import NativeRetrievalModel
+from native_retrieval import features
 from native_retrieval.features import FeatureStore, cached_queries
 from native_retrieval.index import DocumentIndex
 from native_retrieval.loading import load_model
@@ -282,6 +283,14 @@ def make_steps(place: Path, small: bool = False) -> list[Step]:
         {"_id": [f"d{i}" for i in range(rows)], "title": [""] * rows, "text": texts[:rows]}
     )
 
+    def hidden_states(folder: Path) -> None:
+        features.SHARD_TOKENS = 1024  # in a process of its own; a kill should come between shards, too
+        FeatureStore.build(model, prompts, folder, tokens_per_batch=128)
+
+    def queries(folder: Path) -> None:
+        features.SHARD_QUERIES = 16
+        cached_queries(model, prompts[: int(160 * part)], folder, batch_size=2)
+
     def teacher_of(folder: Path) -> Teacher:
         teacher.cache_dir = folder
         return teacher
@@ -314,12 +323,12 @@ def make_steps(place: Path, small: bool = False) -> list[Step]:
     return [
         Step(
             "features",
-            lambda folder: FeatureStore.build(model, prompts, folder, tokens_per_batch=128),
-            lambda folder: files(folder, "features-*[0-9a-f].npy"),
+            hidden_states,
+            lambda folder: files(folder, "features-*.npy"),
         ),
         Step(
             "queries",
-            lambda folder: cached_queries(model, prompts[: int(160 * part)], folder, batch_size=2),
+            queries,
             lambda folder: files(folder, "queries-*.json"),
         ),
         Step(
