@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from native_retrieval.agent import Agent
-from native_retrieval.cli import CommandParser
+from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex
 from native_retrieval.loading import load_model
 from native_retrieval.report import plot_map
@@ -189,7 +189,8 @@ def _text(content) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def main(argv: list[str] | None = None) -> int:
+@one_line_errors("app.py")
+def main(argv: list[str] | None = None) -> None:
     parser = CommandParser("app.py", __doc__)
     parser.add_argument("--model", default=".cache/demo/model", help="a trained model (default: %(default)s)")
     parser.add_argument("--index", default=".cache/demo/index", help="its teacher's index (default: %(default)s)")
@@ -197,15 +198,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     words = parser.parse_args(argv)
-    try:
-        model, index = load_model(words.model), DocumentIndex.load(words.index)
-        index.check_model(model.config)
-        page = build_page(model, teacher_of(model.config, words.teacher), index)
-        page.launch(server_name=words.host, server_port=words.port, theme=gr.themes.Soft(), footer_links=[])
-    except (ValueError, OSError) as error:
-        print(f"app.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    model, index = load_model(words.model), DocumentIndex.load(words.index)
+    index.check_model(model.config)
+    page = build_page(model, teacher_of(model.config, words.teacher), index)
+    page.launch(server_name=words.host, server_port=words.port, theme=gr.themes.Soft(), footer_links=[])
 
 
 if __name__ == "__main__":

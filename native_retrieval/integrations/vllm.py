@@ -40,7 +40,7 @@ from vllm.logger import init_logger
 from configuration_native_retrieval import NativeRetrievalConfig
 from modeling_native_retrieval import NativeRetrievalModel
 
-from ..cli import CommandParser
+from ..cli import CommandParser, one_line_errors
 from ..loading import load_head
 
 logger = init_logger(__name__)
@@ -193,15 +193,12 @@ def serve_command(model: str, words: list[str]) -> list[str]:
     ]
 
 
-def main(argv: list[str] | None = None) -> int:
+@one_line_errors("vllm")
+def main(argv: list[str] | None = None) -> None:
     parser = CommandParser("python -m native_retrieval.integrations.vllm", __doc__)
     parser.add_argument("model", help="folder or Hub id of a trained model; further words go to vLLM")
     arguments, words = parser.parse_known_args(argv)
-    try:
-        command = serve_command(arguments.model, words)
-    except (ValueError, OSError) as error:
-        print(f"vllm: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    command = serve_command(arguments.model, words)
     os.execv(command[0], command)
 
 
