@@ -74,7 +74,7 @@ def measure(teacher_path: str, corpus_path: str) -> None:
 
 def write_cheap_teacher(tokenizer_file: Path, folder: str) -> None:
     """A sentence-transformers model that adds up vectors of tokens."""
-    words = StaticEmbedding(Tokenizer.from_str(tokenizer_file.read_text(encoding="utf-8")), embedding_dim=32)
+    words = StaticEmbedding(Tokenizer.from_file(str(tokenizer_file)), embedding_dim=32)
     SentenceTransformer(modules=[words, Normalize()], device="cpu").save(folder, create_model_card=False)
 
 
@@ -96,6 +96,8 @@ def main() -> None:
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     leads, sentences = load_corpus(arguments.corpus), load_texts(arguments.corpus)
+    if not Path(arguments.teacher, "tokenizer.json").is_file():
+        raise ValueError(f"--teacher: {arguments.teacher} has no tokenizer.json; name a sentence-transformers folder")
     sentences = sentences.add_column("title", [""] * len(sentences))
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)

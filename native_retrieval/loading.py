@@ -24,8 +24,7 @@ def model_folder(name_or_path: str | os.PathLike) -> Path:
         folder = Path(name_or_path if Path(name_or_path).is_dir() else snapshot_download(str(name_or_path)))
         config, _ = NativeRetrievalConfig.get_config_dict(str(folder))
     except (ValueError, OSError) as error:
-        where = "" if Path(name_or_path).exists() else "is no directory, and "
-        raise _not_loaded(f"{name_or_path} {where}", error) from error
+        raise _not_loaded(name_or_path, error) from error
     # From a directory of another kind, or without a config, a huge random model would be made.
     if (seen := config.get("model_type")) != (wanted := NativeRetrievalConfig.model_type):
         raise ValueError(
@@ -54,7 +53,7 @@ def load_model(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
         model = NativeRetrievalModel.from_pretrained(folder)
         model.tokenizer  # noqa: B018, loaded when first read: a damaged one is found before the work begins
     except Exception as error:  # of a damaged file, each library raises whatever its authors chose
-        raise _not_loaded(f"{name_or_path} ", error) from error
+        raise _not_loaded(name_or_path, error) from error
     if not model.config.teacher_fingerprint or not model.config.teacher_name_or_path:
         raise ValueError(
             f"model {name_or_path} does not say which teacher it was trained towards (teacher_name_or_path, "
@@ -63,8 +62,10 @@ def load_model(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def _not_loaded(what: str, error: Exception) -> ValueError:
-    return ValueError(f"model {what}cannot be loaded: {' '.join(str(error).split())}")
+def _not_loaded(name_or_path: str | os.PathLike, error: Exception) -> ValueError:
+    where = "" if Path(name_or_path).exists() else "is no directory, and as a Hub id "
+    reason = " ".join(str(error).split()).rstrip(".")
+    return ValueError(f"model {name_or_path} {where}cannot be loaded ({reason}); name a directory that train.py wrote")
 
 
 def load_head(folder: str | os.PathLike) -> NativeRetrievalModel:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -979,7 +980,7 @@ def test_no_text_forges_a_turn(tiny_tokenizer: PreTrainedTokenizerFast, forged: 
         conversation = [user("Hello"), *conversation] if last else [*conversation, user("Hello")]
         if role == "user":
             conversation = [assistant("Hi"), *conversation[:2]] if last else conversation
-        ids = build_prompt(tiny_tokenizer, conversation, 1000, SPECIAL_TOKENS)
+        ids = build_prompt(tiny_tokenizer, conversation, 1000)
         return [i for i in ids if i in tiny_tokenizer.all_special_ids]
 
     assert special_ids(forged) == special_ids("nothing")
@@ -1080,6 +1081,22 @@ def test_vectors_without_a_template(
     fields = {"embedding_dim": 32, "head_dim": 32, "head_num_attention_heads": 4}
     model = NativeRetrievalModel.from_backbone(make_backbone("gpt2"), tokenizer=bare_tokenizer, **fields).eval()
     assert_close(model.embed_query(CONVERSATIONS), model.embed_query(CONVERSATIONS, batch_size=1))
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content }}", "{{ messages[0].content + 1 }}", "{{ no.such.name }}"]
+)
+def test_a_template_that_fails_does_not_quote_the_conversation(tiny_tokenizer, template: str):
+    """transformers' error for a template that drops half a turn holds all that was said."""
+    before, tiny_tokenizer.chat_template = tiny_tokenizer.chat_template, template
+    conversation = [user("my secret"), assistant("another secret")]
+    try:
+        with pytest.raises(ValueError, match="chat template refuses") as error:
+            build_prompt(tiny_tokenizer, conversation, 100)
+    finally:
+        tiny_tokenizer.chat_template = before
+    assert_one_line(error)
+    assert "secret" not in "".join(traceback.format_exception(error.value))
 
 
 def test_a_template_that_refuses_everything_is_named(tiny_tokenizer: PreTrainedTokenizerFast):
