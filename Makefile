@@ -95,9 +95,10 @@ fuzz: $(STAMP) ## Ten minutes of damaged data files and recipes: nothing but our
 load: $(STAMP) ## 5,000 requests from 8 threads: right vectors, and memory that stays where it is
 	@$(BIN)/python benchmarks/load.py --model $(MODEL) --queries data/handwritten/queries.jsonl --output results/load.json
 
+# --strict: a package that the advisories could not be asked about would otherwise count as one without any.
 audit: ## Look the pinned dependencies up in the public advisories (needs the network)
 	@$(PYTHON) -m venv .cache/audit && .cache/audit/bin/python -m pip install --quiet pip-audit
-	@.cache/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
+	@.cache/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
 readme: $(STAMP) ## Fill the README's tables from results/
 	@$(BIN)/python -m native_retrieval.report README.md

@@ -15,6 +15,7 @@ import gradio as gr
 import numpy as np
 import pandas as pd
 import torch
+from starlette.middleware import Middleware
 
 from native_retrieval.agent import Agent
 from native_retrieval.cli import CommandParser, one_line_errors
@@ -32,6 +33,24 @@ COLOURS = {
 }  # of documents, by who found them
 PARTS = {"head": "#0072B2", "write the query": "#D55E00", "encode it": "#E69F00", "search": "#9A9A9A"}
 NUM_DOCUMENTS = 5
+
+
+class OwnImagesOnly:
+    """An answer is Markdown: a document could make the model write an image whose address tells what was said."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        async def send_with_policy(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", b"img-src 'self' data: blob:")]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+SERVED = {"app_kwargs": {"middleware": [Middleware(OwnImagesOnly)]}, "theme": gr.themes.Soft(), "footer_links": []}
 
 
 @dataclass
@@ -201,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     model, index = load_model(words.model), DocumentIndex.load(words.index)
     index.check_model(model.config)
     page = build_page(model, teacher_of(model.config, words.teacher), index)
-    page.launch(server_name=words.host, server_port=words.port, theme=gr.themes.Soft(), footer_links=[])
+    page.launch(server_name=words.host, server_port=words.port, **SERVED)
 
 
 if __name__ == "__main__":
