@@ -86,7 +86,7 @@ serve-test: $(VLLM_VENV)/.installed ## Serve the model with vLLM (CPU build, 3 G
 faults: $(STAMP) ## Kill every step of the recipe at random moments, start it again, and compare (about 6 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kill.py --kills 64 --seed 0 --output results/faults.json
 
-mutations: $(STAMP) ## Break the code in 60 places, one at a time: does a test notice? (about 8 minutes)
+mutations: $(STAMP) ## Break the code in 66 places, one at a time: does a test notice? (about 8 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py --output results/mutations.json
 
 fuzz: $(STAMP) ## Ten minutes of damaged data files and recipes: nothing but our own errors

@@ -50,7 +50,7 @@ def load_model(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
     """
     folder = model_folder(name_or_path)
     try:
-        model = NativeRetrievalModel.from_pretrained(folder)
+        model = NativeRetrievalModel.from_pretrained(str(folder))
         model.tokenizer  # noqa: B018, loaded when first read: a damaged one is found before the work begins
     except Exception as error:  # of a damaged file, each library raises whatever its authors chose
         raise _not_loaded(name_or_path, error) from error
