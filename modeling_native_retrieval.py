@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
@@ -119,17 +119,36 @@ def _render(tokenizer, messages: Conversation) -> str:
         try:
             return tokenizer.apply_chat_template(_user_and_assistant_only(messages), **arguments)
         except Exception:
-            reason = " ".join(str(refused).split())
-            raise ValueError(f"the tokenizer's chat template refuses this conversation: {reason}") from refused
+            # What the template's author wrote, and no other error's words: transformers' own quote the conversation.
+            said = type(refused).__name__ == "TemplateError"
+            reason = " ".join(str(refused).split()) if said else type(refused).__name__
+            raise ValueError(f"the tokenizer's chat template refuses this conversation: {reason}") from None
 
 
-def build_prompt(tokenizer, messages: Conversation, max_tokens: int, special_tokens: Sequence[str] = ()) -> list[int]:
+def special_tokens_of(tokenizer) -> dict[int, str]:
+    """The ids of the tokens that mark turns, with their spellings: a chat template writes them, and no text may."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    ids = sorted({i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids))
+    return dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True))
+
+
+def plain_text(text: str, special_tokens: Iterable[str]) -> str:
+    """A text that a tokenizer reads as text throughout, whatever special tokens are spelt out in it."""
+    for token in special_tokens:
+        if len(token) > 1 and token in text:  # a word joiner inside the marker keeps it readable and harmless
+            text = text.replace(token, token[0] + "\u2060" + token[1:])
+    return text
+
+
+def build_prompt(
+    tokenizer, messages: Conversation, max_tokens: int, special_tokens: Iterable[str] | None = None
+) -> list[int]:
     """
     One conversation to the token ids of its prompt, ending where the assistant would speak next.
 
     The conversation may end on any role. When it is longer than `max_tokens`, the oldest turns are dropped, one at a
     time; a system message stays, and so does the last turn. Special tokens spelt out in a message's text become plain
-    text, so that nothing a user or a document says can forge a turn.
+    text, so that nothing a user or a document says can forge a turn; by default all that the tokenizer has.
 
     Returns:
         `list[int]`: at most `max_tokens` ids.
@@ -139,10 +158,9 @@ def build_prompt(tokenizer, messages: Conversation, max_tokens: int, special_tok
     """
     check_messages(messages)
     messages = merge_turns(messages)
+    special_tokens = special_tokens_of(tokenizer).values() if special_tokens is None else special_tokens
     for message in messages:
-        for token in special_tokens:
-            if token in message["content"]:  # a word joiner inside the marker keeps it readable and harmless
-                message["content"] = message["content"].replace(token, token[0] + "\u2060" + token[1:])
+        message["content"] = plain_text(message["content"], special_tokens)
     oldest = 1 if messages[0]["role"] == "system" else 0
     while True:
         prompt = _render(tokenizer, messages)
@@ -710,10 +728,8 @@ class NativeRetrievalModel(PreTrainedModel):
                 "out differently, and queries will find less. Use the tokenizer that was saved with the model."
             )
         # Read once, and never per call: the ids that mark turns, those that end a written query, and their spellings.
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        markers = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        self._special_ids = sorted(markers)
-        self._special_tokens = [s for s in tokenizer.convert_ids_to_tokens(self._special_ids) if len(s) > 1]
+        special = special_tokens_of(tokenizer)
+        self._special_ids, self._special_tokens = list(special), list(special.values())
         pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self._line_end_ids = [i for i, s in enumerate(pieces) if s and ("\u010a" in s or "\n" in s or s == "<0x0A>")]
         self._tokenizer = tokenizer  # last: another thread that sees it finds the rest as well
@@ -1160,4 +1176,6 @@ __all__ = [
     "ProjectionHead",
     "CopyPath",
     "build_prompt",
+    "plain_text",
+    "special_tokens_of",
 ]

@@ -12,7 +12,6 @@ Each row is one run, told by its best checkpoint on dev. Rows that are in the ou
 stopped command goes on. A figure is drawn into `figures/` beside the output. Further words go to train.py.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -23,6 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
+from native_retrieval.cli import CommandParser, one_line_errors
+from native_retrieval.report import read_result
 
 LOSSES = ("alignment", "contrastive", "rank")
 COMBINATIONS = [
@@ -110,15 +111,16 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+@one_line_errors("ablation.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("ablation.py", __doc__)
     parser.add_argument("rows", choices=sorted(ROWS), help="which runs to compare")
     parser.add_argument("recipe", help="a YAML for train.py")
     parser.add_argument("--output", required=True, help="the JSON file to write, and to go on with")
     arguments, extra = parser.parse_known_args()
     output = Path(arguments.output)
     rows = ROWS[arguments.rows]()
-    result = json.loads(output.read_text()) if output.exists() else {"rows": []}
+    result = read_result(output, "rows") if output.exists() else {"rows": []}
     result["command"] = " ".join(["python", *sys.argv])
     done = {row["name"] for row in result["rows"]}
     for number, row in enumerate(rows, start=1):
@@ -142,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

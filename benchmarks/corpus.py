@@ -10,7 +10,6 @@ memory counts the pages of mapped files too, which the system takes back wheneve
 the process itself holds.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
 from tokenizers import Tokenizer
 
+from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_corpus, load_texts
 from native_retrieval.report import environment
 from native_retrieval.teacher import Teacher
@@ -83,8 +83,9 @@ def write_corpus(documents: datasets.Dataset, count: int, folder: str) -> None:
     documents.select([i % len(documents) for i in range(count)]).save_to_disk(folder)
 
 
+@one_line_errors("corpus.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("corpus.py", __doc__)
     parser.add_argument("--corpus", default=".cache/demo/wikipedia", help="(default: %(default)s)")
     parser.add_argument("--teacher", default=".cache/demo/all-MiniLM-L6-v2", help="(default: %(default)s)")
     parser.add_argument(
@@ -95,6 +96,8 @@ def main() -> None:
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     leads, sentences = load_corpus(arguments.corpus), load_texts(arguments.corpus)
+    if not Path(arguments.teacher, "tokenizer.json").is_file():
+        raise ValueError(f"--teacher: {arguments.teacher} has no tokenizer.json; name a sentence-transformers folder")
     sentences = sentences.add_column("title", [""] * len(sentences))
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -120,4 +123,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:  # one row, in a process that has done nothing else
         measure(*sys.argv[2:])
     else:
-        main()
+        sys.exit(main())

@@ -9,7 +9,6 @@ neighbours lie as they do in text; the queries are other such copies. Single que
 against the exact search. `native_retrieval.index.default_kind` takes its choice from this table.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
+from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex, default_kind
 from native_retrieval.report import environment
 
@@ -95,8 +95,9 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+@one_line_errors("index.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("index.py", __doc__)
     parser.add_argument("--index", required=True, help="index directory whose vectors are repeated")
     parser.add_argument("--vectors", type=int, default=1_000_000, help="(default: %(default)s)")
     parser.add_argument("--queries", type=int, default=200, help="(default: %(default)s)")
@@ -155,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

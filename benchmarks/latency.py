@@ -13,7 +13,6 @@ way and nothing else.
 A model without a probe is given an untrained one, which takes as long.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from modeling_native_retrieval import Probe
+from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex
 from native_retrieval.loading import load_model
 from native_retrieval.report import environment
@@ -265,8 +265,9 @@ def draw(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+@one_line_errors("latency.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("latency.py", __doc__)
     parser.add_argument("--model", required=True, help="directory or Hub id of a trained model")
     parser.add_argument("--index", required=True, help="index directory of its teacher")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024, 4096], help="prompt tokens")
@@ -276,12 +277,13 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="the JSON file to write; a figure goes into figures/ beside it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = with_probe(load_model(arguments.model))
+    model, index = with_probe(load_model(arguments.model)), DocumentIndex.load(arguments.index)
+    index.check_model(model.config)
     # Room for the turn that takes a prompt past the length it is then cut to: none may be dropped.
     model.config.max_prompt_tokens = max(arguments.lengths) + 1024
     model.config.max_query_tokens = QUERY_TOKENS
     teacher = Teacher(model.config.teacher_name_or_path, model.config.teacher_revision)
-    ways = Ways(model, teacher, DocumentIndex.load(arguments.index))
+    ways = Ways(model, teacher, index)
     result = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(),
@@ -312,4 +314,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,6 @@ native-context the figures are compared with. Neither the conversations nor the 
 on. Rows that are in the output already are not run again. Further words go to train.py.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -25,10 +24,12 @@ import torch
 
 import train
 from eval import EvalArguments, cached_index, load_teacher
+from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_task
 from native_retrieval.loading import load_model
 from native_retrieval.metrics import paired_bootstrap, per_query
 from native_retrieval.pipelines import Comparison
+from native_retrieval.report import read_result
 
 METHOD, BASELINE = "native-context", "generate-then-encode"
 
@@ -69,21 +70,22 @@ def judge(model_dir: str, source: str, own: dict, cache_dir: str) -> dict:
     return row
 
 
+@one_line_errors("left_out.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("left_out.py", __doc__)
     parser.add_argument("recipe", help="a YAML for train.py, with several data sets")
     parser.add_argument("--results", required=True, help="folder of the evaluations of the recipe's own model")
     parser.add_argument("--output", required=True, help="the JSON file to write, and to go on with")
     arguments, extra = parser.parse_known_args()
     output = Path(arguments.output)
-    result = json.loads(output.read_text()) if output.exists() else {"rows": []}
+    result = read_result(output, "rows") if output.exists() else {"rows": []}
     result["command"] = " ".join(["python", *sys.argv])
     _, data_args, _, _ = train.parse([arguments.recipe, *extra])
     done = {row["left_out"] for row in result["rows"]}
     for name in [Path(source).name for source in data_args.dev_data]:
         if name in done:
             continue
-        own = json.loads((Path(arguments.results) / f"{name}-test.json").read_text())
+        own = read_result(Path(arguments.results) / f"{name}-test.json", "methods", "query_ids")
         words, source = without(arguments.recipe, name, extra)
         print(f"== without {name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -103,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,7 +8,6 @@ Threads share one model and call `embed_query`, half of them with a cache that t
 with the one that the same conversation had alone. The curve is the process's resident memory.
 """
 
-import argparse
 import json
 import sys
 import threading
@@ -22,6 +21,8 @@ import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
+from native_retrieval.cli import CommandParser, one_line_errors
+from native_retrieval.data import read_conversations
 from native_retrieval.loading import load_model
 from native_retrieval.report import environment
 
@@ -40,8 +41,9 @@ def draw(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+@one_line_errors("load.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("load.py", __doc__)
     parser.add_argument("--model", required=True, help="directory or Hub id of a trained model")
     parser.add_argument("--queries", required=True, help="a queries.jsonl with messages")
     parser.add_argument("--requests", type=int, default=5000, help="(default: %(default)s)")
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="the JSON file to write; a figure goes into figures/ beside it")
     arguments = parser.parse_args()
     model = load_model(arguments.model)
-    conversations = [json.loads(line)["messages"] for line in Path(arguments.queries).read_text().splitlines()]
+    conversations = read_conversations(Path(arguments.queries))
     conversations = sorted(conversations, key=lambda messages: len(str(messages)))[:64]
     alone = model.embed_query(conversations)
     process, lock = psutil.Process(), threading.Lock()
@@ -95,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

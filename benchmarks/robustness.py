@@ -10,7 +10,6 @@ figure, in `figures/` beside the output, shows Recall@10 of each variant with th
 the conversations as they are.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -23,10 +22,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from eval import EvalArguments, cached_index, load_teacher
+from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_task
 from native_retrieval.loading import load_model
 from native_retrieval.metrics import paired_bootstrap, per_query
-from native_retrieval.pipelines import Comparison
+from native_retrieval.pipelines import METHODS, Comparison
 from native_retrieval.variety import with_other_topics, with_typos
 
 SHORT_SYSTEM = "You are a careful research assistant. Answer from the documents you find."
@@ -118,12 +118,18 @@ def draw(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+@one_line_errors("robustness.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("robustness.py", __doc__)
     parser.add_argument("--model", required=True, help="directory or Hub id of a trained model")
     parser.add_argument("--data", required=True, help="folder or Hub id in the BEIR layout with messages")
     parser.add_argument("--split", default="dev", help="(default: %(default)s)")
-    parser.add_argument("--method", default="native-context", help="a native method of eval.py (default: %(default)s)")
+    parser.add_argument(
+        "--method",
+        default="native-context",
+        choices=[name for name in METHODS if name.startswith("native-")],
+        help="(default: %(default)s)",
+    )
     parser.add_argument("--output", required=True, help="the JSON file to write")
     parser.add_argument("--cache_dir", default=".cache/native_retrieval")
     arguments = parser.parse_args()
@@ -168,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

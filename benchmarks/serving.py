@@ -12,7 +12,6 @@ vector out) at each concurrency, the two-model way with plain vLLM, without our 
 prefixes, which both ways may cache.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -32,8 +31,10 @@ import numpy as np
 import torch
 from openai import AsyncOpenAI
 
+from native_retrieval.cli import CommandParser, one_line_errors
+from native_retrieval.data import read_conversations
 from native_retrieval.integrations.vllm import backbone_of, serve_command
-from native_retrieval.loading import load_model
+from native_retrieval.loading import load_model, model_folder
 
 NAME, PORT, TEACHER_PORT = "native-retrieval", 8021, 8022
 CHECKED, AT_ONCE, LEAST_COSINE = 200, 200, 0.999
@@ -63,7 +64,7 @@ def server(command: list[str], port: int):
                         log.seek(0)
                         lines = log.read().splitlines()  # the first error is the cause, and the rest its echoes
                         cause = next((line for line in lines if "Error: " in line), "no error in its log")
-                        raise RuntimeError(f"{' '.join(words[:4])} did not start: {cause}") from None
+                        raise OSError(f"{' '.join(words[:4])} did not start: {cause}") from None
                     time.sleep(1)
             yield
         finally:
@@ -88,7 +89,7 @@ async def native_turn(llm: AsyncOpenAI, messages: list[dict]) -> list[float]:
     )
     parameters = answer.kv_transfer_params
     if "query_vector" not in parameters:
-        raise RuntimeError(parameters["query_error"])
+        raise ValueError(parameters["query_error"])
     return parameters["query_vector"]
 
 
@@ -179,8 +180,9 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+@one_line_errors("serving.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("serving.py", __doc__)
     parser.add_argument("--model", required=True, help="directory of a trained model")
     parser.add_argument("--queries", required=True, help="queries.jsonl with messages")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="(default: 1 8 32)")
@@ -189,7 +191,7 @@ def main() -> None:
     words = parser.parse_args()
     if not words.check and not words.output:
         parser.error("--output is missing; name a JSON file, or pass --check")
-    conversations = [json.loads(line)["messages"] for line in Path(words.queries).read_text().splitlines()]
+    conversations = read_conversations(Path(words.queries))
     levels = words.concurrency
     warm, rest = conversations[: len(conversations) // 10], conversations[len(conversations) // 10 :]
     share = len(rest) // len(levels)
@@ -207,7 +209,7 @@ def main() -> None:
             return
     with server(serve_command(words.model, LONGEST), PORT):  # anew: nothing of the check is in its cache
         rows = measure(ONE, native_turn, [PORT], warm, parts)
-    backbone, config = backbone_of(words.model)
+    backbone, config = backbone_of(model_folder(words.model))
     plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     encoder = [*plain, config.teacher_name_or_path, "--served-model-name", "teacher", "--runner", "pooling"]
     with server([*plain, backbone, "--served-model-name", NAME, *LONGEST], PORT), server(encoder, TEACHER_PORT):
@@ -230,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

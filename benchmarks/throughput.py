@@ -10,7 +10,6 @@ tokens, padding, prefill, head. It is measured in the same batches, and one at a
 take turns; the best round of each counts.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_queries
 from native_retrieval.loading import load_model
 from native_retrieval.report import environment
@@ -35,8 +35,9 @@ def prefill_bare(model, prompts: list[list[int]]) -> None:
         model.backbone.base_model(input_ids, attention_mask=mask, use_cache=False)
 
 
+@one_line_errors("throughput.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("throughput.py", __doc__)
     parser.add_argument("--model", required=True, help="directory or Hub id of a trained model")
     parser.add_argument("--data", required=True, help="folder or Hub id in the BEIR layout with messages")
     parser.add_argument("--conversations", type=int, default=1000, help="(default: %(default)s)")
@@ -99,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

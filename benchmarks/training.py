@@ -7,7 +7,6 @@ ranking against FAISS alone, and the memory of a process over fifty thousand cac
         --data .cache/demo/data/synthetic --output results/bench-training.json
 """
 
-import argparse
 import json
 import resource
 import subprocess
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 from modeling_native_retrieval import NativeRetrievalModel
+from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_task
 from native_retrieval.examples import RetrievalExamples, build_examples, collate
 from native_retrieval.features import FeatureStore
@@ -173,8 +173,9 @@ def memory(backbone: str) -> None:
     print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
+@one_line_errors("training.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("training.py", __doc__)
     parser.add_argument("--backbone", required=True, help="path or Hub id")
     parser.add_argument("--teacher", help="path or Hub id")
     parser.add_argument("--data", help="folder or Hub id in the BEIR layout with messages, with a train split")
@@ -188,27 +189,27 @@ def main() -> None:
         return memory(arguments.backbone)
     if not (arguments.teacher and arguments.data and arguments.output):
         parser.error("--teacher, --data and --output are needed")
-    peak = subprocess.run(
-        [sys.executable, __file__, "--backbone", arguments.backbone, "--memory"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    seconds, peak = float(peak[-2]), int(peak[-1])
-    rows = [
-        {
-            "what": f"{MEMORY_STEPS} steps over 50,000 cached queries",
-            "seconds": round(seconds, 1),
-            "queries_per_s": round(64 * MEMORY_STEPS / seconds, 1),
-            "peak_rss_mb": peak,
-        }
-    ]
     with tempfile.TemporaryDirectory() as folder:
         teacher = Teacher(arguments.teacher, cache_dir=folder)
         model = NativeRetrievalModel.from_backbone(
             arguments.backbone, teacher, num_probe_tokens=8, num_context_tokens=4, max_prompt_tokens=1024
         )
         task = load_task(arguments.data, "train")
+        peak = subprocess.run(
+            [sys.executable, __file__, "--backbone", arguments.backbone, "--memory"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        seconds, peak = float(peak[-2]), int(peak[-1])
+        rows = [
+            {
+                "what": f"{MEMORY_STEPS} steps over 50,000 cached queries",
+                "seconds": round(seconds, 1),
+                "queries_per_s": round(64 * MEMORY_STEPS / seconds, 1),
+                "peak_rss_mb": peak,
+            }
+        ]
         rows += probe_against_lora(
             model, arguments.backbone, [model.build_prompt(m) for m in task.queries["messages"][:256]]
         )
@@ -235,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

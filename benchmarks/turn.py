@@ -10,7 +10,6 @@ its best chance. Whole turns take turns; medians, the first round dropped. Besid
 passes only what is new, against one that starts anew.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -25,6 +24,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from benchmarks.latency import QUERY_TOKENS, TOP_K, conversation_of
+from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex
 from native_retrieval.loading import load_model
 from native_retrieval.report import environment
@@ -109,8 +109,9 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+@one_line_errors("turn.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("turn.py", __doc__)
     parser.add_argument("--model", required=True, help="directory or Hub id of a trained model")
     parser.add_argument("--index", required=True, help="index directory of its teacher")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="tokens of history")
@@ -119,11 +120,12 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="the JSON file to write; a figure goes into figures/ beside it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = load_model(arguments.model)
+    model, index = load_model(arguments.model), DocumentIndex.load(arguments.index)
+    index.check_model(model.config)
     model.config.max_prompt_tokens = max(arguments.lengths) + 1024
     model.config.max_query_tokens = QUERY_TOKENS
     teacher = Teacher(model.config.teacher_name_or_path, model.config.teacher_revision)
-    turn = Turn(model, teacher, DocumentIndex.load(arguments.index))
+    turn = Turn(model, teacher, index)
     result = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(),
@@ -141,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

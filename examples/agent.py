@@ -8,12 +8,18 @@ Talk to an agent that searches before it answers, in a terminal: one model, one 
 import sys
 
 from native_retrieval.agent import Agent
+from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex
 from native_retrieval.loading import load_model
 
 
-def main(model_dir: str = ".cache/demo/model", index_dir: str = ".cache/demo/index") -> None:
-    agent = Agent(load_model(model_dir), DocumentIndex.load(index_dir))
+@one_line_errors("agent.py")
+def main() -> None:
+    parser = CommandParser("agent.py", __doc__)
+    parser.add_argument("model", nargs="?", default=".cache/demo/model", help="a trained model (default: %(default)s)")
+    parser.add_argument("index", nargs="?", default=".cache/demo/index", help="its teacher's (default: %(default)s)")
+    words = parser.parse_args()
+    agent = Agent(load_model(words.model), DocumentIndex.load(words.index))
     print("Ask, and press Enter; an empty line ends the conversation.")
     while question := input("\nYou     ").strip():
         found = agent.search(question)
@@ -27,11 +33,6 @@ def main(model_dir: str = ".cache/demo/model", index_dir: str = ".cache/demo/ind
 
 if __name__ == "__main__":
     try:
-        if len(sys.argv) > 3:
-            raise ValueError(f"{len(sys.argv) - 1} arguments; give the folders of a model and of its index, or nothing")
-        main(*sys.argv[1:])
+        sys.exit(main())
     except (KeyboardInterrupt, EOFError):
         print()
-    except (ValueError, OSError) as error:
-        print(f"agent.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)

@@ -15,9 +15,10 @@ import gradio as gr
 import numpy as np
 import pandas as pd
 import torch
+from starlette.middleware import Middleware
 
 from native_retrieval.agent import Agent
-from native_retrieval.cli import CommandParser
+from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex
 from native_retrieval.loading import load_model
 from native_retrieval.report import plot_map
@@ -32,6 +33,24 @@ COLOURS = {
 }  # of documents, by who found them
 PARTS = {"head": "#0072B2", "write the query": "#D55E00", "encode it": "#E69F00", "search": "#9A9A9A"}
 NUM_DOCUMENTS = 5
+
+
+class OwnImagesOnly:
+    """An answer is Markdown: a document could make the model write an image whose address tells what was said."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        async def send_with_policy(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", b"img-src 'self' data: blob:")]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+SERVED = {"app_kwargs": {"middleware": [Middleware(OwnImagesOnly)]}, "theme": gr.themes.Soft(), "footer_links": []}
 
 
 @dataclass
@@ -189,7 +208,8 @@ def _text(content) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def main(argv: list[str] | None = None) -> int:
+@one_line_errors("app.py")
+def main(argv: list[str] | None = None) -> None:
     parser = CommandParser("app.py", __doc__)
     parser.add_argument("--model", default=".cache/demo/model", help="a trained model (default: %(default)s)")
     parser.add_argument("--index", default=".cache/demo/index", help="its teacher's index (default: %(default)s)")
@@ -197,15 +217,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     words = parser.parse_args(argv)
-    try:
-        model, index = load_model(words.model), DocumentIndex.load(words.index)
-        index.check_model(model.config)
-        page = build_page(model, teacher_of(model.config, words.teacher), index)
-        page.launch(server_name=words.host, server_port=words.port, theme=gr.themes.Soft(), footer_links=[])
-    except (ValueError, OSError) as error:
-        print(f"app.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    model, index = load_model(words.model), DocumentIndex.load(words.index)
+    index.check_model(model.config)
+    page = build_page(model, teacher_of(model.config, words.teacher), index)
+    page.launch(server_name=words.host, server_port=words.port, **SERVED)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.prebuilt import InjectedState, ToolNode
 
 from native_retrieval.agent import search_results
+from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex
 from native_retrieval.loading import load_model
 
@@ -55,8 +56,15 @@ def build_graph(model, index: DocumentIndex):
     return graph.compile()
 
 
-def main(model_dir: str = ".cache/demo/model", index_dir: str = ".cache/demo/index") -> None:
-    graph = build_graph(load_model(model_dir), DocumentIndex.load(index_dir))
+@one_line_errors("langgraph_agent.py")
+def main() -> None:
+    parser = CommandParser("langgraph_agent.py", __doc__)
+    parser.add_argument("model", nargs="?", default=".cache/demo/model", help="a trained model (default: %(default)s)")
+    parser.add_argument("index", nargs="?", default=".cache/demo/index", help="its teacher's (default: %(default)s)")
+    words = parser.parse_args()
+    model, index = load_model(words.model), DocumentIndex.load(words.index)
+    index.check_model(model.config)
+    graph = build_graph(model, index)
     messages = []
     for question in QUESTIONS:
         messages = graph.invoke({"messages": [*messages, HumanMessage(question)]})["messages"]
@@ -68,10 +76,4 @@ def main(model_dir: str = ".cache/demo/model", index_dir: str = ".cache/demo/ind
 
 
 if __name__ == "__main__":
-    try:
-        if len(sys.argv) > 3:
-            raise ValueError(f"{len(sys.argv) - 1} arguments; give the folders of a model and of its index, or nothing")
-        main(*sys.argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"langgraph_agent.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -1,21 +1,35 @@
-"""A conversation to documents, with what `make demo` has made: `python examples/quickstart.py [MODEL INDEX]`."""
+"""
+A conversation to documents.
+
+    python examples/quickstart.py                   # with what `make demo` has made
+    python examples/quickstart.py MODEL INDEX       # your own
+"""
 
 import sys
 
-from transformers import AutoModel
-
+from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex
+from native_retrieval.loading import load_model
 
-model_dir, index_dir = sys.argv[1:] or (".cache/demo/model", ".cache/demo/index")
-model = AutoModel.from_pretrained(model_dir, trust_remote_code=True)
-index = DocumentIndex.load(index_dir)
-index.check_model(model.config)
-
-messages = [
+MESSAGES = [
     {"role": "user", "content": "Who painted Guernica?"},
     {"role": "assistant", "content": "Pablo Picasso, in 1937."},
     {"role": "user", "content": "Which war is it about?"},
 ]
-scores, rows = index.search(model.embed_query(messages), k=3)
-for score, row in zip(scores[0], rows[0], strict=True):
-    print(f"{score:.3f}  {index.documents[int(row)]['title']}")
+
+
+@one_line_errors("quickstart.py")
+def main() -> None:
+    parser = CommandParser("quickstart.py", __doc__)
+    parser.add_argument("model", nargs="?", default=".cache/demo/model", help="a trained model (default: %(default)s)")
+    parser.add_argument("index", nargs="?", default=".cache/demo/index", help="its teacher's (default: %(default)s)")
+    words = parser.parse_args()
+    model, index = load_model(words.model), DocumentIndex.load(words.index)
+    index.check_model(model.config)
+    scores, rows = index.search(model.embed_query(MESSAGES), k=3)
+    for score, row in zip(scores[0], rows[0], strict=True):
+        print(f"{score:.3f}  {index.documents[int(row)]['title']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

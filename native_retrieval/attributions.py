@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from .cli import CommandParser
+from .cli import CommandParser, one_line_errors
 from .conversations import Messages
 
 LINE_CHARACTERS, FONT_SIZE = 100, 8
@@ -104,8 +104,8 @@ def _write(figure: Figure, text: str, x: float, y: float, colour: str, ground: A
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one line on stderr."""
+@one_line_errors("attributions")
+def main(argv: list[str] | None = None) -> None:
     parser = CommandParser("python -m native_retrieval.attributions", __doc__)
     parser.add_argument("--model", required=True, help="directory or Hub id of a trained model")
     parser.add_argument("--data", required=True, help="folder or Hub id in the BEIR layout with messages")
@@ -117,20 +117,15 @@ def main(argv: list[str] | None = None) -> int:
     from .data import load_queries
     from .loading import load_model
 
-    try:
-        queries = load_queries(arguments.data, arguments.split)
-        rows = {query_id: row for row, query_id in enumerate(queries["_id"])}
-        unknown = [query_id for query_id in arguments.ids or () if query_id not in rows]
-        if unknown:
-            raise ValueError(f"--ids: {unknown[0]!r} is not in {arguments.data}; name ids of its queries.jsonl")
-        chosen = arguments.ids or [list(rows)[i] for i in np.linspace(0, len(rows) - 1, min(5, len(rows))).astype(int)]
-        model = load_model(arguments.model)
-        draw_attributions(model, [queries[rows[query_id]]["messages"] for query_id in chosen], arguments.output)
-    except (ValueError, OSError) as error:
-        print(f"attributions: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    queries = load_queries(arguments.data, arguments.split)
+    rows = {query_id: row for row, query_id in enumerate(queries["_id"])}
+    unknown = [query_id for query_id in arguments.ids or () if query_id not in rows]
+    if unknown:
+        raise ValueError(f"--ids: {unknown[0]!r} is not in {arguments.data}; name ids of its queries.jsonl")
+    chosen = arguments.ids or [list(rows)[i] for i in np.linspace(0, len(rows) - 1, min(5, len(rows))).astype(int)]
+    model = load_model(arguments.model)
+    draw_attributions(model, [queries[rows[query_id]]["messages"] for query_id in chosen], arguments.output)
     print(f"Written: {arguments.output}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import copy
 import difflib
+import functools
 import os
+import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +20,24 @@ def nearest(word: str, known: Collection[str]) -> str:
     """`, did you mean ...?`, or nothing where nothing is near."""
     near = difflib.get_close_matches(word, known, n=1)
     return f", did you mean {near[0]}?" if near else ""
+
+
+def one_line_errors(name: str) -> Callable[[Callable[..., object]], Callable[..., int]]:
+    """Makes a function a command, which returns its exit code: 0, or 2 for bad input, after `name` and one line on stderr."""
+
+    def decorate(function: Callable[..., object]) -> Callable[..., int]:
+        @functools.wraps(function)
+        def command(*arguments) -> int:
+            try:
+                function(*arguments)
+            except (ValueError, OSError) as error:
+                print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+                return 2
+            return 0
+
+        return command
+
+    return decorate
 
 
 def check_writable(flag: str, directory: Path) -> None:

@@ -140,6 +140,16 @@ def read_documents(file: Path) -> list[dict[str, str]]:
     return documents
 
 
+def read_conversations(file: Path) -> list[list[dict[str, str]]]:
+    """The `messages` of [`load_queries`], of one file of any name, into memory. Raises `DataError`, naming every bad row."""
+    if not file.is_file():
+        raise DataError(file, ["no such file; name a queries.jsonl with messages"])
+    problems: list[str] = []
+    conversations = [row["messages"] for row in _identified_rows(file.parent, file.name, _query, problems)]
+    _raise_if_any(str(file.parent), problems)
+    return conversations
+
+
 def load_queries(source: Source, split: str | None = None, *, revision: str | None = None) -> Dataset:
     """Queries in file order: those that have a relevant document in `qrels/<split>.tsv`, or all if `split` is None.
 

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from modeling_native_retrieval import NativeRetrievalModel
 
-from .cli import CommandParser
+from .cli import CommandParser, one_line_errors
 from .integrations.native_query import NativeQuery
 from .loading import load_model
 from .teacher import teacher_of
@@ -60,21 +60,16 @@ def export(model_dir: str | os.PathLike, output_dir: str | os.PathLike, teacher:
     to_sentence_transformer(load_model(str(model_dir)), teacher).save(str(output_dir))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one line on stderr."""
+@one_line_errors("export")
+def main(argv: list[str] | None = None) -> None:
     parser = CommandParser("python -m native_retrieval.export", __doc__)
     parser.add_argument("model", help="folder or Hub id of a model that train.py wrote")
     parser.add_argument("output", help="a new folder")
     parser.add_argument("--teacher", help="its teacher, by name or path, if it lies elsewhere than at training")
     arguments = parser.parse_args(argv)
     logging.set_verbosity_error()
-    try:
-        export(arguments.model, arguments.output, arguments.teacher)
-    except (ValueError, OSError) as error:
-        print(f"export: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    export(arguments.model, arguments.output, arguments.teacher)
     print(f"Written: {arguments.output}. Load it: SentenceTransformer({arguments.output!r}, trust_remote_code=True)")
-    return 0
 
 
 if __name__ == "__main__":

@@ -54,6 +54,11 @@ def is_sealed(path: Path) -> bool:
         return False
 
 
+def is_damaged(path: Path) -> bool:
+    """Whether a file is another than the checksum beside it is of; without one, nothing is known of it."""
+    return _seal_of(path).exists() and not is_sealed(path)
+
+
 def say_damaged(path: Path) -> None:
     """Tells, on stderr, why a cached file is computed again."""
     print(f"{path} is not as it was written (another checksum, or none), and is computed again", file=sys.stderr)

@@ -22,6 +22,7 @@ from .teacher import same_teacher
 FORMAT_VERSION = 3
 EXACT_UP_TO = 100_000  # vectors: a scan of these takes some milliseconds; `benchmarks/index.py` has the figures
 APPROXIMATE = ("HNSW32,SQfp16", "efSearch=128")
+FIELDS = {"teacher_name", "teacher_fingerprint", "dimension", "num_documents", "search_parameters", "checksums"}
 REQUIRED_COLUMNS = ("_id", "title", "text")
 NORM_TOLERANCE = 1e-2  # lets half-precision vectors pass
 
@@ -132,7 +133,10 @@ class DocumentIndex:
         try:
             info = json.loads((path / "index.json").read_text(encoding="utf-8"))
             version = info["format_version"]
+            whole = version != FORMAT_VERSION or info.keys() >= FIELDS
         except (ValueError, TypeError, KeyError):  # not JSON, no object, or another one
+            whole = False
+        if not whole:
             _mismatch(f"{path}/index.json", "not readable", "what DocumentIndex.build writes")
         if version != FORMAT_VERSION:
             raise IndexMismatchError(

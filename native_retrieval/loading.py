@@ -4,35 +4,56 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 
 from configuration_native_retrieval import NativeRetrievalConfig
 from modeling_native_retrieval import NativeRetrievalModel
 
+from .files import is_damaged
 
-def load_model(name_or_path: str) -> NativeRetrievalModel:
+
+def model_folder(name_or_path: str | os.PathLike) -> Path:
     """
-    A model that train.py wrote, in eval mode, on the GPU if there is one.
+    The folder of a saved model, fetched from the Hub if it is not here. Its weights are read once, for their checksums.
 
     Raises:
-        `ValueError`: in one line, if there is none, it cannot be read, or it does not say which teacher it speaks for.
+        `ValueError`: in one line, if there is none, it is one of another kind, or its weights are not as they were saved.
     """
-    wanted = NativeRetrievalModel.config_class.model_type
     try:
-        config, _ = NativeRetrievalModel.config_class.get_config_dict(name_or_path)
-        # Looked at first: from a directory of another kind, or without a config, a huge random model would be made.
-        seen = config.get("model_type")
-        if seen == wanted:
-            model = NativeRetrievalModel.from_pretrained(name_or_path)
-            model.tokenizer  # noqa: B018, loaded when first read: a damaged one is found before the work begins
-    except (ValueError, OSError, SafetensorError) as error:
-        where = "" if Path(name_or_path).exists() else "is no directory, and "
-        raise ValueError(f"model {name_or_path} {where}cannot be loaded: {error}") from error
-    if seen != wanted:
+        folder = Path(name_or_path if Path(name_or_path).is_dir() else snapshot_download(str(name_or_path)))
+        config, _ = NativeRetrievalConfig.get_config_dict(str(folder))
+    except (ValueError, OSError) as error:
+        raise _not_loaded(name_or_path, error) from error
+    # From a directory of another kind, or without a config, a huge random model would be made.
+    if (seen := config.get("model_type")) != (wanted := NativeRetrievalConfig.model_type):
         raise ValueError(
             f"model {name_or_path} holds a model of type {seen!r}, wanted {wanted!r}; "
             "name a directory that train.py wrote"
         )
+    for weights in sorted(folder.glob("*.safetensors")):
+        if is_damaged(weights):
+            raise ValueError(
+                f"model {name_or_path}: {weights.name} is not as it was saved (another checksum than in "
+                f"{weights.name}.sha256); copy it again, or remove that file if you have changed the weights yourself"
+            )
+    return folder
+
+
+def load_model(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
+    """
+    A model that train.py wrote, in eval mode, on the GPU if there is one.
+
+    Raises:
+        `ValueError`: in one line, if there is none, it cannot be read, its weights are not as they were saved, or it does
+            not say which teacher it speaks for.
+    """
+    folder = model_folder(name_or_path)
+    try:
+        model = NativeRetrievalModel.from_pretrained(str(folder))
+        model.tokenizer  # noqa: B018, loaded when first read: a damaged one is found before the work begins
+    except Exception as error:  # of a damaged file, each library raises whatever its authors chose
+        raise _not_loaded(name_or_path, error) from error
     if not model.config.teacher_fingerprint or not model.config.teacher_name_or_path:
         raise ValueError(
             f"model {name_or_path} does not say which teacher it was trained towards (teacher_name_or_path, "
@@ -41,13 +62,20 @@ def load_model(name_or_path: str) -> NativeRetrievalModel:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
+def _not_loaded(name_or_path: str | os.PathLike, error: Exception) -> ValueError:
+    where = "" if Path(name_or_path).exists() else "is no directory, and as a Hub id "
+    reason = " ".join(str(error).split()).rstrip(".")
+    return ValueError(f"model {name_or_path} {where}cannot be loaded ({reason}); name a directory that train.py wrote")
+
+
 def load_head(folder: str | os.PathLike) -> NativeRetrievalModel:
     """A saved model without its backbone, whose weights are not read: it takes hidden states, as in training."""
+    folder = model_folder(folder)
     config = NativeRetrievalConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = NativeRetrievalModel(config)
     state = {}
-    for path in Path(folder).glob("*.safetensors"):
+    for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as weights:
             state |= {k: weights.get_tensor(k) for k in weights.keys() if not k.startswith("backbone.")}  # noqa: SIM118
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)

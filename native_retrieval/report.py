@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cli import CommandParser
+from .cli import CommandParser, one_line_errors
 from .files import written_whole
 from .metrics import MEASURES, Qrels, Run, paired_bootstrap, per_query, ranks, wins_ties_losses
 
@@ -510,19 +510,14 @@ def fill_tables(markdown: str, root: Path) -> str:
     return re.sub(pattern, table, markdown, flags=re.DOTALL)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one line on stderr."""
+@one_line_errors("report")
+def main(argv: list[str] | None = None) -> None:
     parser = CommandParser("python -m native_retrieval.report", "Fills the tables of pages from the result files.")
     parser.add_argument("pages", nargs="+", help="Markdown files, such as README.md")
-    try:
-        for page in map(Path, parser.parse_args(argv).pages):
-            filled = fill_tables(page.read_text(encoding="utf-8"), page.parent)
-            with written_whole(page) as partial:
-                partial.write_text(filled, encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"report: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    for page in map(Path, parser.parse_args(argv).pages):
+        filled = fill_tables(page.read_text(encoding="utf-8"), page.parent)
+        with written_whole(page) as partial:
+            partial.write_text(filled, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -594,6 +594,10 @@ class LLMGenerator:
         """The model's continuations of `prompts`, without the prompts."""
         import torch
 
+        from modeling_native_retrieval import plain_text, special_tokens_of
+
+        special_tokens = special_tokens_of(self.tokenizer).values()  # documents are strangers' text
+        prompts = [plain_text(prompt, special_tokens) for prompt in prompts]
         if self.tokenizer.chat_template:
             prompts = [
                 self.tokenizer.apply_chat_template(

@@ -25,6 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .card import push_model, write_model_card
 from .examples import RetrievalExamples, collate
+from .files import seal, sha256
 from .losses import alignment_loss, contrastive_loss, rank_distillation_loss
 from .metrics import per_query
 
@@ -328,6 +329,8 @@ class NativeRetrievalTrainer(Trainer):
             super().save_model(str(aside), _internal_call=True)  # a push is a step of its own
         if self.args.should_save:
             (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle, and with the Hub's token in it
+            for weights in aside.glob("*.safetensors"):
+                seal(weights, sha256(weights))
             _replace_model(aside, folder)
 
     def _save_head(self, folder: Path) -> None:

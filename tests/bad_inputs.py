@@ -86,10 +86,25 @@ def demo(words: str) -> Callable[[World], int]:
     return call
 
 
-def example(name: str, words: str) -> Callable[[World], None]:
+def script(path: str, words: str) -> Callable[[World], None]:
     def call(world: World) -> None:
-        with mock.patch.object(sys, "argv", [name, *shlex.split(words)]):
-            runpy.run_path(str(REPOSITORY / "examples" / name), run_name="__main__")
+        with mock.patch.object(sys, "argv", [path, *shlex.split(words)]):
+            runpy.run_path(str(REPOSITORY / path), run_name="__main__")
+
+    return call
+
+
+def page(question: str) -> Callable[[World], str]:
+    """What the page of examples/app.py tells one who has asked this."""
+
+    def call(world: World) -> str:
+        gradio = pytest.importorskip("gradio")
+        app = runpy.run_path(str(REPOSITORY / "examples" / "app.py"))
+        functions = app["build_page"](world.model, world.teacher, world.index).fns.values()
+        turn = next(function.fn for function in functions if function.name == "turn")
+        with pytest.raises(gradio.Error) as error:
+            next(turn(question, [], None))
+        return error.value.message
 
     return call
 
@@ -179,17 +194,28 @@ def agent(world: World, **arguments: Any) -> Any:
     return Agent(world.model, world.index, **arguments)
 
 
+def vllm_integration() -> Any:
+    """Our module, beside a vLLM of which there is nothing: it takes gigabytes, and an environment of its own."""
+    names = ["vllm", "vllm.logger", *(f"vllm.distributed{part}" for part in ("", *VLLM_PARTS))]
+    stubs = {name: mock.MagicMock() for name in names}
+    stubs[names[-1]].ExampleHiddenStatesConnector = stubs[names[-2]].KVConnectorMetadata = object
+    with mock.patch.dict(sys.modules, stubs):
+        module = importlib.import_module("native_retrieval.integrations.vllm")
+    sys.modules.pop("native_retrieval.integrations.vllm", None)
+    return module
+
+
+def serve(words: str) -> Callable[[World], int]:
+    return lambda world: vllm_integration().main(shlex.split(words))
+
+
 def request(**asked: Any) -> Callable[[World], str]:
-    """What our connector in vLLM answers to these `kv_transfer_params`, for a prompt of 9 tokens."""
+    """What our connector in vLLM answers to these `kv_transfer_params`, for a prompt of 9 tokens that passed in parts."""
 
     def call(world: World) -> str:
-        names = ["vllm", "vllm.logger", *(f"vllm.distributed{part}" for part in ("", *VLLM_PARTS))]
-        stubs = {name: mock.MagicMock() for name in names}
-        stubs[names[-1]].ExampleHiddenStatesConnector = stubs[names[-2]].KVConnectorMetadata = object
-        with mock.patch.dict(sys.modules, stubs):
-            vllm = importlib.import_module("native_retrieval.integrations.vllm")
-        sys.modules.pop("native_retrieval.integrations.vllm", None)
+        vllm = vllm_integration()
         connector = vllm.NativeQueryConnector.__new__(vllm.NativeQueryConnector)
+        connector.folder = Path("nowhere")
         asking = SimpleNamespace(kv_transfer_params=asked, num_prompt_tokens=9, request_id="r")
         return connector.request_finished(asking, [])[1]["query_error"]
 
@@ -223,6 +249,10 @@ def evaluate(words: str, *says: str, **more: Any) -> Row:
 
 def module(name: str, words: str, *says: str, **more: Any) -> Row:
     return Row(f"python -m native_retrieval.{name}", words, command(f"native_retrieval.{name}", words), says, **more)
+
+
+def run(path: str, words: str, *says: str, **more: Any) -> Row:
+    return Row(path, words, script(path, words), says, **more)
 
 
 def data(loader: str, input: str, files: dict[str, str | bytes], *says: str, words: tuple[str, ...] = ()) -> Row:
@@ -321,6 +351,7 @@ ROWS = [
     evaluate("--model nowhere", "nowhere", "is no directory"),
     evaluate("--model backbone", "'llama'", "'native_retrieval'", "that train.py wrote"),
     evaluate("--model bad", "bad", copy="model", files={"bad/model.safetensors": b"x" * 100}),
+    evaluate("--model bad", "bad: model.safetensors is not as it was saved", "copy it again", copy="model", files={"bad/model.safetensors.sha256": "0" * 64}),
     evaluate("--model stranger --teacher teacher", "'another-teacher'", "--teacher"),
     evaluate("--index nowhere", "nowhere has no index.json", "pass a directory"),
     evaluate("--index bad", "bad/index.faiss: truncated or changed", "build it again", copy="index", files={"bad/index.faiss": b"x"}),
@@ -355,9 +386,32 @@ ROWS = [
     module("report", "page.md", "notes.json has no field 'rows'", files={"page.md": "<!-- rows: notes.json a --><!-- end -->", "notes.json": "{}"}),
     module("attributions", "--model model --data data --ids q99 --output words.png", "'q99' is not in data", "queries.jsonl"),
     module("attributions", "--model backbone --data data --output words.png", "'llama'", "that train.py wrote"),
-    Row("examples/agent.py", "a model that is not there", example("agent.py", "nowhere index"), ("agent.py", "nowhere", "is no directory")),
-    Row("examples/agent.py", "an index of another teacher", example("agent.py", "stranger index"), ("'teacher'", "'another-teacher'", "take a model of the index's teacher")),
-    Row("examples/langgraph_agent.py", "an index that is not there", example("langgraph_agent.py", "model nowhere"), ("nowhere has no index.json", "pass a directory")),
+    run("examples/quickstart.py", "nowhere index", "quickstart.py", "nowhere", "is no directory"),
+    run("examples/quickstart.py", "model nowhere", "nowhere has no index.json", "pass a directory"),
+    run("examples/quickstart.py", "stranger index", "'teacher'", "'another-teacher'", "take a model of the index's teacher"),
+    run("examples/quickstart.py", "model index stray", "stray", "--help"),
+    run("examples/agent.py", "nowhere index", "agent.py", "nowhere", "is no directory"),
+    run("examples/agent.py", "stranger index", "'teacher'", "'another-teacher'", "take a model of the index's teacher"),
+    run("examples/langgraph_agent.py", "model nowhere", "nowhere has no index.json", "pass a directory"),
+    run("examples/langgraph_agent.py", "backbone index", "'llama'", "that train.py wrote"),
+    run("examples/app.py", "--model nowhere", "app.py", "nowhere", "is no directory"),
+    run("examples/app.py", "--model stranger --index index", "'another-teacher'", "take a model of the index's teacher"),
+    run("examples/app.py", "--prot 80", "--prot", "--help"),
+    run("benchmarks/ablation.py", "losses nowhere.yaml --output out.json", "nowhere.yaml does not exist", "configs/demo.yaml"),
+    run("benchmarks/ablation.py", "lossess bad.yaml --output out.json", "'lossess'", "'losses', 'parts'"),
+    run("benchmarks/corpus.py", "--corpus nowhere --output out.json", "nowhere", "no such folder"),
+    run("benchmarks/corpus.py", "--corpus data --teacher nowhere --output out.json", "--teacher: nowhere", "name a sentence-transformers folder"),
+    run("benchmarks/index.py", "--index nowhere --output out.json", "nowhere has no index.json", "pass a directory"),
+    run("benchmarks/latency.py", "--model stranger --index index --output out.json", "'another-teacher'", "take a model of the index's teacher"),
+    run("benchmarks/left_out.py", "bad.yaml --results results --output notes.json", "notes.json is no JSON file", "make it again", files={"bad.yaml": "", "notes.json": "{"}),
+    run("benchmarks/load.py", "--model model --queries nowhere.jsonl --output out.json", "nowhere.jsonl", "no such file", "name a queries.jsonl"),
+    run("benchmarks/load.py", "--model model --queries bad.jsonl --output out.json", "bad.jsonl:1: messages is missing", files={"bad.jsonl": '{"_id": "q1"}'}),
+    run("benchmarks/robustness.py", "--model model --data data --method native --output out.json", "'native'", "'native-context'"),
+    run("benchmarks/throughput.py", "--model model --data nowhere --output out.json", "nowhere", "no such folder"),
+    run("benchmarks/training.py", "--backbone nowhere --teacher teacher --data data --output out.json", "backbone 'nowhere'", "cannot be loaded"),
+    run("benchmarks/turn.py", "--model model --index nowhere --output out.json", "nowhere has no index.json", "pass a directory"),
+    Row("app.py's page", "a question without words", page(" "), ("Ask something first",)),
+    Row("app.py's page", "a question longer than the context", page("word " * 600), ("max_prompt_tokens=", "shorten it")),
     # Data files
     Row("load_corpus", "a folder that is not there", loads("load_corpus", "nowhere/at/all"), ("nowhere/at/all", "no such folder", "owner/name")),
     data("load_corpus", "a row that is not JSON", {"corpus.jsonl": DOCUMENT + "{"}, "corpus.jsonl:2: not valid JSON"),
@@ -381,6 +435,7 @@ ROWS = [
     Row("DocumentIndex.load", "a folder that is not there", lambda w: index_class().load("nowhere"), ("nowhere has no index.json", "pass a directory")),
     Row("DocumentIndex.load", "an index.json that is not JSON", lambda w: index_class().load("bad"), ("bad/index.json", "build it again"), copy="index", files={"bad/index.json": "{"}),
     Row("DocumentIndex.load", "an index.json without its fields", lambda w: index_class().load("bad"), ("bad/index.json", "build it again"), copy="index", files={"bad/index.json": "{}"}),
+    Row("DocumentIndex.load", "an index.json without its checksums", lambda w: index_class().load("bad"), ("bad/index.json", "build it again"), copy="index", files={"bad/index.json": '{"format_version": 3}'}),
     Row("DocumentIndex.load", "a format of the future", lambda w: index_class().load("bad"), ("format_version is 99", "build it again"), copy="index", files={"bad/index.json": '{"format_version": 99}'}),
     Row("DocumentIndex.load", "a damaged FAISS file", lambda w: index_class().load("bad"), ("bad/index.faiss: truncated or changed", "build it again"), copy="index", files={"bad/index.faiss": b"x"}),
     Row("index.search", "k=0", search(np.eye(1, 32), 0), ("k is 0", "at least 1")),
@@ -399,6 +454,10 @@ ROWS = [
     Row("Agent.answer", "nothing asked before", lambda w: list(agent(w).answer()), ("no question to answer", "call search(question) first")),
     Row("langchain NativeRetrievalEmbeddings", "documents without a teacher", lambda w: integration("langchain", w).embed_documents(["a"]), ("no teacher", "pass teacher='teacher'")),
     Row("llama_index NativeRetrievalEmbeddings", "documents without a teacher", lambda w: integration("llama_index", w).get_text_embedding("a"), ("no teacher", "pass teacher='teacher'")),
+    Row("python -m native_retrieval.integrations.vllm", "nowhere", serve("nowhere"), ("nowhere", "is no directory")),
+    Row("python -m native_retrieval.integrations.vllm", "backbone", serve("backbone"), ("'llama'", "that train.py wrote")),
+    Row("python -m native_retrieval.integrations.vllm", "", serve(""), ("model", "required", "--help")),
+    Row("vLLM server", "a prompt that passed in parts", request(query_mode="context"), ("did not pass in one step", "without chunked prefill")),
     Row("vLLM server", "query_mode='psychic'", request(query_mode="psychic"), ("query_mode='psychic'", "choose one of context, generated")),
     Row("vLLM server", "query_mode='probe'", request(query_mode="probe"), ("query_mode='probe'", "choose one of context, generated")),
     Row("vLLM server", "num_query_tokens='many'", request(query_mode="generated", num_query_tokens="many"), ("num_query_tokens='many'", "from 1 to the prompt's 9")),

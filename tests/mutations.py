@@ -50,6 +50,8 @@ LOSSES, TRAINER = "native_retrieval/losses.py", "native_retrieval/trainer.py"
 MODEL, CONFIG = "modeling_native_retrieval.py", "configuration_native_retrieval.py"
 METRICS, DATA, EXAMPLES = "native_retrieval/metrics.py", "native_retrieval/data.py", "native_retrieval/examples.py"
 TEACHER, INDEX = "native_retrieval/teacher.py", "native_retrieval/index.py"
+LOADING, SYNTHESIS = "native_retrieval/loading.py", "native_retrieval/synthesis.py"
+VLLM = "native_retrieval/integrations/vllm.py"
 
 MUTATIONS = [
     Mutation("alignment: sign", LOSSES, "(1 - F.cosine", "(1 + F.cosine", "losses"),
@@ -314,9 +316,44 @@ MUTATIONS = [
     Mutation(
         "prompt: special tokens in a text",
         MODEL,
-        'if token in message["content"]:',
+        "if len(token) > 1 and token in text:",
         "if False:",
         "modeling::test_no_text_forges_a_turn",
+    ),
+    Mutation(
+        "prompt: no special token is known by default",
+        MODEL,
+        "special_tokens_of(tokenizer).values() if special_tokens is None else special_tokens",
+        "special_tokens or ()",
+        "modeling::test_no_text_forges_a_turn",
+    ),
+    Mutation(
+        "prompt: an error quotes the conversation",
+        MODEL,
+        'said = type(refused).__name__ == "TemplateError"',
+        "said = True",
+        "modeling::test_a_template_that_fails_does_not_quote_the_conversation",
+    ),
+    Mutation(
+        "synthesis: special tokens in a document",
+        SYNTHESIS,
+        "prompts = [plain_text(prompt, special_tokens) for prompt in prompts]",
+        "pass",
+        "synthesis::test_a_document_forges_no_turn_in_what_the_llm_is_asked",
+    ),
+    Mutation(
+        "vLLM: special tokens in a text",
+        VLLM,
+        "content=message.content{plain})",
+        "content=message.content)",
+        "vllm::test_the_server_renders_messages_as_build_prompt_does",
+    ),
+    Mutation(
+        "weights: checksum check",
+        LOADING,
+        "if is_damaged(weights):",
+        "if False:",
+        "faults::test_a_flipped_byte_in_the_weights_is_named",
     ),
     Mutation(
         "prompt: a second beginning-of-sequence token",

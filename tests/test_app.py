@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 import time
+import urllib.request
 
 import pytest
 from conftest import PLACES, REPOSITORY
@@ -95,7 +96,7 @@ def address(parts):
     spec.loader.exec_module(app)
     model, teacher, index = parts
     page = app.build_page(model, teacher, index)
-    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False)
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False, **app.SERVED)
     yield address
     page.close()
 
@@ -154,6 +155,12 @@ def ask(browser, question: str) -> None:
 
 def answered(browser, count: int):
     return wait(lambda: len(said(browser, "bot")) == count and said(browser, "bot")[-1] not in ("", "…"))
+
+
+def test_an_image_in_an_answer_is_fetched_from_nowhere(address):
+    """Nor does what was said leave in its address."""
+    with urllib.request.urlopen(address) as page:
+        assert page.headers["content-security-policy"] == "img-src 'self' data: blob:"
 
 
 @pytest.mark.slow

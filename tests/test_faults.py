@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from faults import kill
 from filelock import FileLock
 
 import train
-from native_retrieval.loading import load_model
+from native_retrieval.loading import load_head, load_model
 from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="os.fork and SIGKILL are of Unix")
@@ -166,12 +167,36 @@ def test_a_model_whose_files_are_truncated_is_refused_in_one_line(make_taught_mo
         (folder / name).write_bytes(whole)
 
 
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+def test_a_flipped_byte_in_the_weights_is_named(make_taught_model, tmp_path: Path, monkeypatch, max_shard_size: str):
+    model, _ = make_taught_model()
+    monkeypatch.setattr(model, "save_pretrained", partial(model.save_pretrained, max_shard_size=max_shard_size))
+    folder = saved(model, tmp_path / "model")
+    parts = sorted(folder.glob("*.safetensors"))
+    assert (len(parts) > 1) == (max_shard_size == "20KB")
+    whole = bytearray(parts[-1].read_bytes())
+    whole[-1] ^= 1
+    parts[-1].write_bytes(whole)
+    for load in (load_model, load_head):
+        with pytest.raises(ValueError, match=rf"model {folder}: {parts[-1].name} is not as it was saved") as error:
+            load(folder)
+        assert "\n" not in str(error.value)
+    # One who has changed the weights says so.
+    (folder / f"{parts[-1].name}.sha256").unlink()
+    assert load_head(folder) is not None
+
+
+def test_a_folder_of_another_kind_is_no_head(backbone_dir: Path):
+    with pytest.raises(ValueError, match="'llama', wanted 'native_retrieval'"):
+        load_head(backbone_dir)
+
+
 def test_a_saved_model_replaces_all_of_the_one_before(make_taught_model, tmp_path: Path):
     folder = tmp_path / "model"
     make_taught_model()[0].save_pretrained(folder, max_shard_size="20KB")  # many files
     model, _ = make_taught_model(copy_num_heads=0)
     saved(model, folder)
-    assert sorted(path.name for path in folder.glob("*.safetensors*")) == ["model.safetensors"]
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == ["model.safetensors"]
     assert not [path.name for path in folder.iterdir() if path.name.startswith("_") or path.suffix == ".bin"]
     state = load_model(str(folder)).state_dict()
     assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import PLACES, REPOSITORY
 from hub_server import Hub, serve
 
 TOKEN = "hf_secret0123456789"
@@ -120,6 +120,19 @@ def test_the_token_is_sent_and_written_nowhere(trained):
     assert not [name for name, content in hub.files(REPO)[1].items() if TOKEN.encode() in content]
 
 
+def test_what_was_said_is_in_no_log_card_or_name(trained):
+    """Nor the documents: of the training data, only vectors leave the caches."""
+    hub, folder, process = trained
+    private = [word for place, founder, *_ in PLACES for word in (place, founder)]
+    assert not [word for word in private if word in process.stdout + process.stderr]
+    kept = [path for part in ("out", "trackio") for path in (folder / part).rglob("*") if path.is_file()]
+    contents = [*hub.files(REPO)[1].items(), *((str(path), path.read_bytes()) for path in kept)]
+    assert len(contents) > 20
+    assert not [(name, word) for name, content in contents for word in private if word.encode() in content]
+    names = [*hub.files(REPO)[1], *(str(path.relative_to(folder)) for path in folder.rglob("*"))]
+    assert not [name for name in names if any(word.split()[0].lower() in name.lower() for word in private)]
+
+
 LOAD = """
 import json, sys, torch
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
@@ -152,6 +165,24 @@ def test_it_loads_back_in_a_fresh_process(trained, tmp_path):
     vector = torch.tensor(json.loads(process.stdout.splitlines()[-1]))
     here = NativeRetrievalModel.from_pretrained(folder / "out").embed_query("When was Arnwick Lighthouse founded?")
     assert torch.allclose(vector, here[0], atol=1e-5)
+
+
+DAMAGED = """
+import sys
+from native_retrieval.loading import load_model, model_folder
+load_model(sys.argv[1])
+weights = model_folder(sys.argv[1]) / "model.safetensors"
+content = bytearray(weights.read_bytes())
+content[-1] ^= 1
+weights.unlink()  # it is a link to what the Hub's client keeps
+weights.write_bytes(content)
+load_model(sys.argv[1])
+"""
+
+
+def test_weights_from_the_hub_are_compared_with_their_checksum(trained, tmp_path):
+    process = run(["-c", DAMAGED, REPO], trained[0], tmp_path / "home")
+    assert "ValueError: model me/tiny: model.safetensors is not as it was saved" in process.stderr, process.stderr
 
 
 def test_a_push_that_fails_loses_nothing_and_can_be_gone_on_with(trained, tmp_path):

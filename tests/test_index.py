@@ -284,7 +284,7 @@ def test_what_a_user_adds_is_no_damage(directory: Path):
     assert mapped["length"][0] == 6 and len(DocumentIndex.load(directory)) == NUM_DOCUMENTS
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"format_version": 3}'])
 def test_index_json_that_cannot_be_read(directory: Path, content: str):
     (directory / "index.json").write_text(content)
     with pytest.raises(IndexMismatchError, match=r"index\.json is not readable") as error:

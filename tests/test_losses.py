@@ -51,11 +51,25 @@ def test_alignment_gradient():
     assert torch.autograd.gradcheck(lambda x: alignment_loss(x, targets), random(4, 3).requires_grad_())
 
 
-def test_alignment_does_not_depend_on_order_or_length():
-    queries, targets, order = random(6, 3), random(6, 3, seed=1), torch.randperm(6)
+orders, seeds = st.permutations(range(6)), st.integers(0, 1000)
+factors = st.floats(0.01, 100)
+
+
+def turned(*vectors: torch.Tensor, seed: int) -> list[torch.Tensor]:
+    """All of them by the same rotation of their space."""
+    rotation = torch.linalg.qr(random(vectors[0].shape[-1], vectors[0].shape[-1], seed=seed))[0]
+    return [some @ rotation for some in vectors]
+
+
+@settings(max_examples=30, deadline=None)
+@given(orders, seeds, factors)
+def test_alignment_does_not_depend_on_order_length_side_or_rotation(order: list[int], seed: int, factor: float):
+    queries, targets = random(6, 3, seed=seed), random(6, 3, seed=seed + 1)
     wanted = value(alignment_loss(queries, targets))
     assert value(alignment_loss(queries[order], targets[order])) == pytest.approx(wanted)
-    assert value(alignment_loss(7 * queries, 0.1 * targets)) == pytest.approx(wanted)
+    assert value(alignment_loss(factor * queries, targets / factor)) == pytest.approx(wanted)
+    assert value(alignment_loss(targets, queries)) == pytest.approx(wanted)
+    assert value(alignment_loss(*turned(queries, targets, seed=seed))) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
@@ -109,22 +123,26 @@ def test_contrastive_gradient():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 5), st.integers(0, 3), st.integers(0, 1000))
-def test_contrastive_is_never_negative(batch: int, extra: int, seed: int):
-    assert value(contrastive_loss(random(batch, 4, seed=seed), random(batch + extra, 4, seed=seed + 1))) >= 0
+@given(st.integers(1, 5), st.integers(0, 3), seeds, st.sampled_from([0.05, 0.3, 1.0]))
+def test_contrastive_lies_between_its_bounds(batch: int, extra: int, seed: int, temperature: float):
+    queries, positives = random(batch, 4, seed=seed), random(batch + extra, 4, seed=seed + 1)
+    loss = value(contrastive_loss(queries, positives, temperature=temperature))
+    assert 0 <= loss <= math.log(batch + extra) + 2 / temperature + 1e-9
 
 
-def test_contrastive_does_not_depend_on_order_or_length():
-    queries, positives, negatives, order = (
-        random(6, 3),
-        random(6, 3, seed=1),
-        random(6, 4, 3, seed=2),
-        torch.randperm(6),
-    )
+@settings(max_examples=30, deadline=None)
+@given(orders, st.permutations(range(4)), seeds, factors)
+def test_contrastive_does_not_depend_on_order_length_or_rotation(
+    order: list[int], columns: list[int], seed: int, factor: float
+):
+    queries, positives, negatives = random(6, 3, seed=seed), random(6, 3, seed=seed + 1), random(6, 4, 3, seed=seed + 2)
     wanted = value(contrastive_loss(queries, positives, negatives=negatives))
-    permuted = contrastive_loss(queries[order], positives[order], negatives=negatives[order][:, torch.randperm(4)])
+    permuted = contrastive_loss(queries[order], positives[order], negatives=negatives[order][:, columns])
     assert value(permuted) == pytest.approx(wanted)
-    assert value(contrastive_loss(2 * queries, 3 * positives, negatives=4 * negatives)) == pytest.approx(wanted)
+    longer = contrastive_loss(factor * queries, positives / factor, negatives=4 * negatives)
+    assert value(longer) == pytest.approx(wanted)
+    queries, positives, negatives = turned(queries, positives, negatives, seed=seed)
+    assert value(contrastive_loss(queries, positives, negatives=negatives)) == pytest.approx(wanted)
 
 
 def test_a_copy_of_the_own_positive_is_no_negative():
@@ -252,11 +270,15 @@ def test_rank_distillation_gradient():
     )
 
 
-def test_rank_distillation_does_not_depend_on_order():
-    student, teacher = random(4, 6), random(4, 6, seed=1)
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(4)), orders, seeds, st.floats(-5, 5))
+def test_rank_distillation_does_not_depend_on_order_or_level(
+    rows: list[int], columns: list[int], seed: int, level: float
+):
+    student, teacher = random(4, 6, seed=seed), random(4, 6, seed=seed + 1)
     wanted = value(rank_distillation_loss(student, teacher))
-    rows, columns = torch.randperm(4), torch.randperm(6)
     assert value(rank_distillation_loss(student[rows][:, columns], teacher[rows][:, columns])) == pytest.approx(wanted)
+    assert value(rank_distillation_loss(student + level, teacher - level)) == pytest.approx(wanted)
 
 
 # The teacher's best document is the student's best too; they differ in the order below it.

@@ -2,10 +2,12 @@
 
 import math
 
+import ir_measures
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ir_measures import RR, R, nDCG
 
 from native_retrieval.metrics import (
     RetrievalMetrics,
@@ -53,6 +55,20 @@ def test_per_query_equals_brute_force_ties_included(run, qrels):
         expected = brute_force(run.get(query_id, {}), qrels[query_id])
         seen = (values["recall@10"][row], values["mrr@10"][row], values["ndcg@10"][row])
         assert seen == pytest.approx(expected, abs=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    order=st.lists(st.sampled_from(DOC_IDS), min_size=1, unique=True),
+    judged=st.dictionaries(st.sampled_from(DOC_IDS), st.integers(1, 3), min_size=1),
+)
+def test_without_ties_per_query_is_ir_measures(order, judged):
+    run, qrels = {"q": {doc_id: -float(place) for place, doc_id in enumerate(order)}}, {"q": judged}
+    theirs = {str(m.measure): m.value for m in ir_measures.iter_calc([R @ 10, RR @ 10, nDCG @ 10], qrels, run)}
+    ours = per_query(run, qrels, ["q"])
+    assert [ours["recall@10"], ours["mrr@10"], ours["ndcg@10"]] == [
+        pytest.approx([theirs[name]]) for name in ("R@10", "RR@10", "nDCG@10")
+    ]
 
 
 @settings(max_examples=100, deadline=None)
@@ -144,6 +160,21 @@ def test_bootstrap_covers_the_difference_and_changes_sign():
     assert paired_bootstrap(a, b) == (difference, low, high), "the same seed gives the same interval"
     normal = 1.96 * (a - b).std(ddof=1) / math.sqrt(200)
     assert (high - low) / 2 == pytest.approx(normal, rel=0.1)
+
+
+pairs = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=30)
+
+
+@settings(max_examples=50, deadline=None)
+@given(pairs, st.floats(-3, 3))
+def test_an_interval_lies_among_the_differences_and_moves_with_them(pairs, shift):
+    a, b = np.array(pairs).T
+    difference, low, high = paired_bootstrap(a, b, resamples=200)
+    assert (a - b).min() - 1e-9 <= low <= high <= (a - b).max() + 1e-9
+    assert paired_bootstrap(a + shift, b, resamples=200) == pytest.approx(
+        (difference + shift, low + shift, high + shift), abs=1e-9
+    )
+    assert paired_bootstrap(b, a, resamples=200) == pytest.approx((-difference, -high, -low), abs=1e-9)
 
 
 def test_bootstrap_is_paired():

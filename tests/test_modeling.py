@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -243,6 +244,34 @@ def test_the_copy_path_tells_turns_apart_from_the_newest(tiny_model: NativeRetri
 
 
 # The head on its own
+
+
+def test_a_row_gives_the_same_vector_whatever_is_beside_it_and_around_it(
+    make_model: Callable[..., NativeRetrievalModel],
+):
+    model = make_model()
+    layers = len(model.config.hidden_state_layers)
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.integers(1, 25), min_size=1, max_size=5), st.data())
+    def check(lengths: list[int], data: st.DataObject):
+        random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
+        rows = [torch.randint(0, 400, (length,), generator=random) for length in lengths]
+        states = [torch.randn(length, layers, 32, generator=random) for length in lengths]
+        alone = [model(ids[None], hidden_states=s[None]).query_embeddings for ids, s in zip(rows, states, strict=True)]
+        order = data.draw(st.permutations(range(len(rows))))
+        width = max(lengths) + data.draw(st.integers(0, 3))
+        ids = torch.randint(0, 400, (len(rows), width), generator=random)  # what stands in the padding
+        padded = 9 * torch.randn(len(rows), width, layers, 32, generator=random)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(order):
+            begin = data.draw(st.sampled_from([0, width - lengths[row]]))
+            here = slice(begin, begin + lengths[row])
+            ids[place, here], padded[place, here], mask[place, here] = rows[row], states[row], 1
+        assert_close(model(ids, mask, hidden_states=padded).query_embeddings, torch.cat([alone[row] for row in order]))
+
+    with torch.no_grad():
+        check()
 
 
 @pytest.mark.parametrize("length", [1, 3, 6])
@@ -949,6 +978,37 @@ def test_a_prompt_that_just_fits_is_kept_whole(make_model: Callable[..., NativeR
     assert len(make_model(max_prompt_tokens=len(whole) - 1).build_prompt(LONG)) < len(whole)
 
 
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), WORDS), max_size=9),
+    WORDS,
+    st.integers(10, 200),
+)
+def test_a_prompt_is_the_newest_turns_each_as_it_was_said(
+    tiny_tokenizer: PreTrainedTokenizerFast, turns: list[tuple[str, str]], question: str, limit: int
+):
+    conversation = [*({"role": role, "content": text} for role, text in turns), user(question)]
+    before = copy.deepcopy(conversation)
+    try:
+        ids = build_prompt(tiny_tokenizer, conversation, limit)
+    except ValueError as error:
+        ids = build_prompt(tiny_tokenizer, conversation[-1:], 10_000)
+        assert "max_prompt_tokens" in str(error) and "\n" not in str(error)
+        return
+    finally:
+        assert conversation == before
+    assert len(ids) <= limit
+    seen = turns_in(tiny_tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    said = [message["content"] for message in modeling_native_retrieval.merge_turns(conversation)]
+    assert seen.pop() == ""  # where the assistant speaks next
+    if conversation[0]["role"] == "system":
+        assert seen.pop(0) == said.pop(0)
+    assert seen and seen == said[-len(seen) :]
+
+
 PIECES = st.sampled_from(
     [
         *SPECIAL_TOKENS,
@@ -979,7 +1039,7 @@ def test_no_text_forges_a_turn(tiny_tokenizer: PreTrainedTokenizerFast, forged: 
         conversation = [user("Hello"), *conversation] if last else [*conversation, user("Hello")]
         if role == "user":
             conversation = [assistant("Hi"), *conversation[:2]] if last else conversation
-        ids = build_prompt(tiny_tokenizer, conversation, 1000, SPECIAL_TOKENS)
+        ids = build_prompt(tiny_tokenizer, conversation, 1000)
         return [i for i in ids if i in tiny_tokenizer.all_special_ids]
 
     assert special_ids(forged) == special_ids("nothing")
@@ -1080,6 +1140,22 @@ def test_vectors_without_a_template(
     fields = {"embedding_dim": 32, "head_dim": 32, "head_num_attention_heads": 4}
     model = NativeRetrievalModel.from_backbone(make_backbone("gpt2"), tokenizer=bare_tokenizer, **fields).eval()
     assert_close(model.embed_query(CONVERSATIONS), model.embed_query(CONVERSATIONS, batch_size=1))
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content }}", "{{ messages[0].content + 1 }}", "{{ no.such.name }}"]
+)
+def test_a_template_that_fails_does_not_quote_the_conversation(tiny_tokenizer, template: str):
+    """transformers' error for a template that drops half a turn holds all that was said."""
+    before, tiny_tokenizer.chat_template = tiny_tokenizer.chat_template, template
+    conversation = [user("my secret"), assistant("another secret")]
+    try:
+        with pytest.raises(ValueError, match="chat template refuses") as error:
+            build_prompt(tiny_tokenizer, conversation, 100)
+    finally:
+        tiny_tokenizer.chat_template = before
+    assert_one_line(error)
+    assert "secret" not in "".join(traceback.format_exception(error.value))
 
 
 def test_a_template_that_refuses_everything_is_named(tiny_tokenizer: PreTrainedTokenizerFast):

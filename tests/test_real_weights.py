@@ -74,6 +74,14 @@ def test_on_a_processor_a_vector_does_not_depend_on_its_batch_to_the_last_bit(mo
     assert torch.equal(together, torch.cat([output.query_embeddings for output in with_cache]))
 
 
+def test_vectors_agree_in_every_precision(pushed, conversations):
+    exact, *rounded = (
+        NativeRetrievalModel.from_pretrained(pushed[0], dtype=dtype).eval().embed_query(conversations)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
+    assert all(((vectors * exact).sum(1) > 0.999).all() for vectors in rounded)
+
+
 def test_encode_query_is_embed_query_to_the_last_bit(model, sentence_transformer, conversations):
     assert np.array_equal(sentence_transformer.encode_query(conversations), model.embed_query(conversations).numpy())
 

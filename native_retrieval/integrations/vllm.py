@@ -22,6 +22,7 @@ tokens of a request and on no others, and vLLM's adapters act on all of them.
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
     ExampleHiddenStatesConnector,
@@ -38,10 +39,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
 from vllm.logger import init_logger
 
 from configuration_native_retrieval import NativeRetrievalConfig
-from modeling_native_retrieval import NativeRetrievalModel
+from modeling_native_retrieval import plain_text, special_tokens_of
 
-from ..cli import CommandParser
-from ..loading import load_head
+from ..cli import CommandParser, one_line_errors
+from ..loading import load_head, load_model, model_folder
 
 logger = init_logger(__name__)
 
@@ -153,39 +154,68 @@ class NativeQueryConnector(ExampleHiddenStatesConnector):
         return False, answer
 
 
-def backbone_of(model: str) -> tuple[str, NativeRetrievalConfig]:
+def backbone_of(folder: Path) -> tuple[str, NativeRetrievalConfig]:
     """Where vLLM finds a saved model's backbone (written beside it, if the model holds it), and its configuration."""
-    folder = Path(model if Path(model).is_dir() else snapshot_download(model))
     config = NativeRetrievalConfig.from_pretrained(folder)
     if not config.store_backbone:
         return config.backbone_name_or_path, config
-    backbone = folder / "backbone"
+    backbone, aside = folder / "backbone", folder / "_backbone"
     written = backbone / "config.json"
     if not written.exists() or written.stat().st_mtime < (folder / "config.json").stat().st_mtime:
-        whole = NativeRetrievalModel.from_pretrained(folder)
-        whole.backbone.save_pretrained(backbone)
-        whole.tokenizer.save_pretrained(backbone)
+        whole = load_model(folder)
+        # Aside first: vLLM would read what a stopped run has left half written.
+        shutil.rmtree(aside, ignore_errors=True)
+        whole.backbone.save_pretrained(aside)
+        whole.tokenizer.save_pretrained(aside)
+        shutil.rmtree(backbone, ignore_errors=True)
+        os.replace(aside, backbone)
     return str(backbone), config
+
+
+def guarded_template(tokenizer) -> str:
+    """
+    A tokenizer's chat template, with the special tokens in the messages' text made plain before it sees them, as
+    `build_prompt` does: vLLM's server renders messages itself, and would read a document's markers as turns.
+    """
+    tokens = special_tokens_of(tokenizer).values()
+    plain = "".join(
+        f" | replace({json.dumps(token)}, {json.dumps(plain_text(token, [token]))})"
+        for token in tokens
+        if len(token) > 1
+    )
+    return (
+        "{%- set plain = namespace(messages=[]) -%}"
+        "{%- for message in messages -%}"
+        "{%- if message.content is string -%}"
+        f"{{%- set message = dict(message, content=message.content{plain}) -%}}"
+        "{%- endif -%}"
+        "{%- set plain.messages = plain.messages + [message] -%}"
+        "{%- endfor -%}"
+        "{%- set messages = plain.messages -%}"
+    ) + tokenizer.get_chat_template()
 
 
 def serve_command(model: str, words: list[str]) -> list[str]:
     """The command that starts vLLM's OpenAI server for a saved model."""
-    backbone, config = backbone_of(model)
-    folder = model if Path(model).is_dir() else snapshot_download(model)
+    folder = model_folder(model)
+    backbone, config = backbone_of(folder)
+    own = Path(tempfile.mkdtemp(prefix="native-retrieval-"))
     transfer = {
         "kv_connector": "NativeQueryConnector",
         "kv_connector_module_path": "native_retrieval.integrations.vllm",
         "kv_role": "kv_producer",
-        "kv_connector_extra_config": {
-            "model": str(Path(folder).resolve()),
-            "vectors": tempfile.mkdtemp(prefix="native-retrieval-"),
-        },
+        "kv_connector_extra_config": {"model": str(folder.resolve()), "vectors": str(own)},
     }
     extract = {
         "method": "extract_hidden_states",
         "num_speculative_tokens": 1,
         "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": config.hidden_state_layers}},
     }
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config)
+    if tokenizer.chat_template:
+        (own / "template.jinja").write_text(guarded_template(tokenizer), encoding="utf-8")
+        # Text in parts comes to the template joined; parts of their own would pass the guard by.
+        words = ["--chat-template", str(own / "template.jinja"), "--chat-template-content-format", "string", *words]
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", backbone),
         *("--served-model-name", "native-retrieval", "--no-enable-chunked-prefill"),
@@ -193,15 +223,12 @@ def serve_command(model: str, words: list[str]) -> list[str]:
     ]
 
 
-def main(argv: list[str] | None = None) -> int:
+@one_line_errors("vllm")
+def main(argv: list[str] | None = None) -> None:
     parser = CommandParser("python -m native_retrieval.integrations.vllm", __doc__)
     parser.add_argument("model", help="folder or Hub id of a trained model; further words go to vLLM")
     arguments, words = parser.parse_known_args(argv)
-    try:
-        command = serve_command(arguments.model, words)
-    except (ValueError, OSError) as error:
-        print(f"vllm: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    command = serve_command(arguments.model, words)
     os.execv(command[0], command)
 
 
