@@ -208,7 +208,8 @@ class ProjectionHead(nn.Module):
         hidden_size = config.text_config.get_text_config().hidden_size
         num_layers = len(config.hidden_state_layers)
         self.num_positions = max(config.num_context_tokens, config.max_query_tokens, config.num_probe_tokens)
-        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(num_layers))
+        # Without scale and shift, which would be one with the maps behind it: so the layers' norms are one operation.
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False)
         self.linear_in = nn.Linear(num_layers * hidden_size, config.head_dim)
         self.positions = nn.Embedding(self.num_positions, config.head_dim)
         self.dropout = nn.Dropout(config.head_dropout)
@@ -239,7 +240,7 @@ class ProjectionHead(nn.Module):
             the vector, not yet normalised, `(batch, embedding_dim)`, and a summary of what was read,
             `(batch, 2 * head_dim)`: the mean over the tokens beside the newest token.
         """
-        states = torch.cat([norm(hidden_states[:, :, i]) for i, norm in enumerate(self.norms)], dim=-1)
+        states = self.norm(hidden_states).flatten(2)
         from_end = mask.flip(1).cumsum(1).flip(1) - 1
         encoded = self.linear_in(states) + self.positions(from_end.clamp(0, self.num_positions - 1))
         encoded = self.dropout(encoded)
@@ -258,6 +259,49 @@ def _mean_and_newest(states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Te
     mean = torch.einsum("bt,bth->bh", weights / weights.sum(1, keepdim=True), states)
     newest = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
     return mean, states[torch.arange(len(states), device=states.device), newest]
+
+
+class Novelty(nn.Module):
+    """
+    An agent searches for what has not been said yet, and what has been said is often a document of the same index: near
+    the question, and no answer to it. This turns a query vector away from earlier turns, as far as it lies nearer to them
+    than a threshold. Which turns these are is learned, from their states and from what the head makes of the question.
+
+    It is the ridge regression of that excess on the turns' vectors, so that what several turns share, the topic, is not
+    taken away once for each of them. (Maximal marginal relevance, Carbonell and Goldstein 1998, in the query itself.)
+    """
+
+    GATE_SCALE = 10.0  # as `CopyPath.BIAS_SCALE`: a gate is to open or close within an epoch
+
+    def __init__(self, config: NativeRetrievalConfig):
+        super().__init__()
+        self.turn_gate = nn.Linear(config.text_config.get_text_config().hidden_size, 1)
+        self.question_gate = nn.Linear(2 * config.head_dim, 1, bias=False)
+        self.threshold = nn.Parameter(torch.empty(()))
+        self.log_ridge = nn.Parameter(torch.empty(()))
+
+    def forward(
+        self, vectors: torch.Tensor, summary: torch.Tensor, turn_words: torch.Tensor, turn_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            vectors, summary (`(batch, embedding_dim)`, `(batch, 2 * head_dim)`): of the question.
+            turn_words, turn_states (`(batch, turns, embedding_dim)`, `(batch, turns, hidden_size)`): sums over each turn's
+                tokens, of any scale; 0 for a turn that is not there.
+
+        Returns:
+            the vectors, `(batch, embedding_dim)`, and how much of each turn's words was taken away, `(batch, turns)`.
+        """
+        length = vectors.norm(dim=-1, keepdim=True)
+        turn_length = turn_words.norm(dim=-1).clamp(min=1e-6)
+        turn_states = F.layer_norm(turn_states, turn_states.shape[-1:])
+        gate = (self.turn_gate(turn_states).squeeze(-1) + self.question_gate(summary.float())) * self.GATE_SCALE
+        gate = gate.sigmoid()
+        turns = (gate / turn_length)[..., None] * turn_words
+        excess = F.relu(torch.einsum("bnd,bd->bn", turns, vectors) - gate * self.threshold * length)
+        ridge = self.log_ridge.exp() * torch.eye(turns.shape[1], device=turns.device)
+        away = torch.linalg.solve(turns @ turns.mT + ridge, excess)
+        return vectors - torch.einsum("bn,bnd->bd", away, turns), away * gate / turn_length
 
 
 class CopyPath(nn.Module):
@@ -287,10 +331,12 @@ class CopyPath(nn.Module):
         self.token_salience = nn.Embedding(text.vocab_size, 1)
         self.gain = nn.Parameter(torch.empty(heads))
         self.state_value = ZeroLinear(heads * text.hidden_size, config.embedding_dim, bias=False)
+        self.novelty = Novelty(config)
         self.dropout = nn.Dropout(config.head_dropout)
 
     def forward(
         self,
+        vectors: torch.Tensor,
         summary: torch.Tensor,
         states: torch.Tensor,
         input_ids: torch.Tensor,
@@ -299,29 +345,44 @@ class CopyPath(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            summary (`torch.Tensor` of shape `(batch, 2 * head_dim)`): from the projection head; asks for words.
+            vectors, summary (`(batch, embedding_dim)`, `(batch, 2 * head_dim)`): from the projection head; the summary
+                asks for words, and these are added to the vectors.
             states (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): of every token at `copy_layer`.
             input_ids, mask, segments (`(batch, tokens)`): the tokens, which of them may be copied, and how many special
                 tokens follow each, which tells the turns apart.
 
         Returns:
-            the vector `(batch, embedding_dim)` and the weight of each token in it `(batch, tokens)`.
+            the vectors `(batch, embedding_dim)`, and the weight of each token in them `(batch, tokens)`: below 0, they are
+            turned away from it.
         """
-        batch = len(states)
+        batch, segments = len(states), segments.clamp(max=self.NUM_SEGMENTS - 1)
         states = self.norm(states)
         queries = self.query(summary).view(batch, self.num_heads, -1).float()
         queries = torch.einsum("bnd,ndh->bnh", queries, self.key) * self.key.shape[1] ** -0.5
-        scores = torch.einsum("bnh,bth->bnt", queries, states)
-        bias = self.segment_bias(segments.clamp(max=self.NUM_SEGMENTS - 1)) + self.token_salience(input_ids)
-        scores = scores + self.BIAS_SCALE * bias.transpose(1, 2)
+        salience = self.BIAS_SCALE * self.token_salience(input_ids).squeeze(-1)
+        scores = torch.einsum("bnh,bth->bnt", queries, states) + salience[:, None]
+        scores = scores + self.BIAS_SCALE * self.segment_bias(segments).transpose(1, 2)
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
         # A row with nothing to copy would otherwise spread its weight over padding.
         weights = scores.softmax(-1) * mask.any(1)[:, None, None]
         attributions = torch.einsum("n,bnt->bt", self.gain, weights)
-        words = torch.einsum("bt,btd->bd", attributions, self.token_values(input_ids))
+        values = self.token_values(input_ids)
         mixed = torch.einsum("bnt,bth->bnh", weights, states).flatten(1)
         mixed = self.dropout(mixed).to(self.state_value.weight.dtype)
-        return words + self.state_value(mixed), attributions
+        vectors = vectors + torch.einsum("bt,btd->bd", attributions, values) + self.state_value(mixed)
+
+        # Each turn by itself, its words weighted as in `words`.
+        salience = salience.masked_fill(~mask, torch.finfo(salience.dtype).min)
+        shares = (salience - salience.amax(1, keepdim=True)).exp() * mask
+        turns = segments + self.NUM_SEGMENTS * torch.arange(batch, device=segments.device)[:, None]
+        turn_words, turn_states = (
+            torch.zeros(batch * self.NUM_SEGMENTS, part.shape[-1], device=part.device)
+            .index_add(0, turns.flatten(), (shares[..., None] * part).flatten(0, 1))
+            .view(batch, self.NUM_SEGMENTS, -1)
+            for part in (values, states)
+        )
+        vectors, away = self.novelty(vectors, summary, turn_words, turn_states)
+        return vectors, attributions - away.gather(1, segments) * shares
 
     def words(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """
@@ -519,7 +580,7 @@ class NativeRetrievalModel(PreTrainedModel):
     # The head's time is that of reading its weights, once, so its large maps take the backbone's precision. What the copy
     # path adds up stays in full precision.
     _keep_in_fp32_modules_strict = [
-        f"copy_path.{name}" for name in ("key", "segment_bias", "token_values", "token_salience", "gain")
+        f"copy_path.{name}" for name in ("key", "segment_bias", "token_values", "token_salience", "gain", "novelty")
     ]
 
     def __init__(self, config: NativeRetrievalConfig, backbone: PreTrainedModel | None = None):
@@ -551,6 +612,12 @@ class NativeRetrievalModel(PreTrainedModel):
             init.constant_(module.gain, 1.0 / module.num_heads)
             init.zeros_(module.segment_bias.weight)
             init.zeros_(module.token_salience.weight)
+        elif isinstance(module, Novelty):
+            init.zeros_(module.turn_gate.weight)
+            init.constant_(module.turn_gate.bias, -0.1)
+            init.zeros_(module.question_gate.weight)
+            init.constant_(module.threshold, 0.45)
+            init.constant_(module.log_ridge, -1.0)
         elif isinstance(module, Probe):
             init.normal_(module.embeddings, std=0.02)
             for name in module.down:
@@ -840,10 +907,9 @@ class NativeRetrievalModel(PreTrainedModel):
             first = real & (real.cumsum(1) == 1)  # the attention sink
             segments = special.flip(1).cumsum(1).flip(1)
             states = hidden_states[:, :, self.config.hidden_state_layers.index(self.config.copy_layer)]
-            copied, attributions = self.copy_path(
-                summary, states.float(), input_ids, real & ~special & ~first, segments
+            vectors, attributions = self.copy_path(
+                vectors, summary, states.float(), input_ids, real & ~special & ~first, segments
             )
-            vectors = vectors + copied
         return NativeRetrievalOutput(
             query_embeddings=F.normalize(vectors.float(), dim=-1),
             attributions=attributions,

@@ -80,6 +80,13 @@ class DataArguments:
     dev_data: list[str] = field(
         default_factory=list, metadata={"help": "The same, for choosing the checkpoint: NAME or NAME:SPLIT (dev)."}
     )
+    train_weights: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "How often each of train_data is seen in an epoch (default: once). Below 1, that share of its "
+            "queries, evenly spaced."
+        },
+    )
     query_modes: list[str] = field(
         default_factory=lambda: ["context"], metadata={"help": "Modes to train: context, generated, probe."}
     )
@@ -120,6 +127,13 @@ class DataArguments:
     gold_share: float = field(
         default=0.5, metadata={"help": "How far the target of a query without a rewrite moves to its document, 0 to 1."}
     )
+    rewrite_gold_share: float = field(default=0.2, metadata={"help": "The same of a query with a rewrite."})
+    novelty_threshold: float = field(
+        default=0.45,
+        metadata={
+            "help": "Targets are turned away from earlier answers that are nearer to them than this cosine (1: never)."
+        },
+    )
     rank_top_k: int = field(default=128, metadata={"help": "Documents of the teacher's ranking to distil."})
     num_hard_negatives: int = field(default=0, metadata={"help": "Hard negatives a query, from that ranking."})
     max_train_queries: int | None = field(default=None, metadata={"help": "First queries of each data set only."})
@@ -130,9 +144,14 @@ class DataArguments:
     cache_dir: str = field(default=".cache/native_retrieval", metadata={"help": "Where costly things are kept."})
 
     def __post_init__(self) -> None:
-        for name in ("variety", "gold_share"):
+        for name in ("variety", "gold_share", "rewrite_gold_share", "novelty_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in 0 to 1")
+        if self.train_weights and (len(self.train_weights) != len(self.train_data) or min(self.train_weights) <= 0):
+            raise ValueError(
+                f"train_weights {self.train_weights} must be one number above 0 for each of the {len(self.train_data)} "
+                "entries of train_data"
+            )
         if self.rank_top_k < 2:
             raise ValueError(f"rank_top_k={self.rank_top_k} must be at least 2, as one document is no ranking")
 
@@ -247,7 +266,8 @@ def load_data(data_args: DataArguments):
 
     dev = [load_queries_of(entry, "dev") for entry in data_args.dev_data]
     train = []
-    for entry in data_args.train_data:
+    weights = data_args.train_weights or [1.0] * len(data_args.train_data)
+    for entry, weight in zip(data_args.train_data, weights, strict=True):
         name, queries, corpus = load_queries_of(entry, "train")
         dropped = 0
         for _, held_out, _ in dev:
@@ -257,6 +277,8 @@ def load_data(data_args: DataArguments):
             print(f"{name}: left out {dropped} training queries whose conversation is in the dev data")
         if data_args.max_train_queries:
             queries = queries.select(range(min(data_args.max_train_queries, len(queries))))
+        if weight < 1:
+            queries = queries.select(evenly(list(range(len(queries))), round(weight * len(queries))))
         train.append((name, queries, corpus))
     texts = [text for source in data_args.plain_text for text in load_texts(source)["text"]]
     return train, dev, evenly(texts, data_args.num_plain_texts)
@@ -453,6 +475,8 @@ def run(argv: list[str], held: ExitStack) -> None:
             cache_dir=data_args.cache_dir,
             online_features=data_args.online_features,
             gold_share=data_args.gold_share,
+            rewrite_gold_share=data_args.rewrite_gold_share,
+            novelty_threshold=data_args.novelty_threshold,
             rank_top_k=data_args.rank_top_k,
             num_hard_negatives=data_args.num_hard_negatives,
             id_offset=offset,
@@ -473,8 +497,10 @@ def run(argv: list[str], held: ExitStack) -> None:
         }
 
     train_parts, probe_parts = [], []
-    for entry, (name, queries, corpus) in zip(data_args.train_data, train, strict=True):
-        train_parts += [examples(name, queries, corpus, mode) for mode in modes_of(entry)]
+    weights = data_args.train_weights or [1.0] * len(train)
+    for entry, weight, (name, queries, corpus) in zip(data_args.train_data, weights, train, strict=True):
+        for mode in modes_of(entry):
+            train_parts += [examples(name, queries, corpus, mode)] * max(1, round(weight))
         some = queries.select(evenly(list(range(len(queries))), round(data_args.variety * len(queries))))
         if len(some):
             seen = varied(some, queries, corpus, model.build_prompt)

@@ -19,6 +19,8 @@ from .features import FeatureStore, cached_queries
 from .teacher import Teacher
 from .variety import Conversation, with_typos
 
+NOVELTY_RIDGE = 0.3
+SAME_TEXT = 0.95  # the cosine from which on two texts count as one
 HARD_NEGATIVE_POOL = 5  # times as many near documents as an example draws: the very nearest are often right too
 
 
@@ -167,6 +169,8 @@ def build_examples(
     cache_dir: str,
     online_features: bool = False,
     gold_share: float = 0.5,
+    rewrite_gold_share: float = 0.0,
+    novelty_threshold: float = 1.0,
     rank_top_k: int = 128,
     num_hard_negatives: int = 0,
     id_offset: int = 0,
@@ -181,14 +185,17 @@ def build_examples(
     title of its first relevant document stands before the question, which seldom names its topic.
 
     Args:
-        gold_share (`float`): how far the target of a query without a rewrite moves from the query's vector towards its
-            first relevant document's.
+        gold_share, rewrite_gold_share (`float`): how far the target of a query, without a rewrite or with one, moves from
+            the query's vector towards its first relevant document's.
+        novelty_threshold (`float`): the target is then turned away from the conversation's earlier answers that are nearer
+            to it than this cosine; see [`turned_away`].
         num_hard_negatives (`int`): documents near the target, from the top of the teacher's ranking, that are not
             relevant.
         seen (`list[Conversation]`, *optional*): what the model reads in the place of `queries["messages"]`; see
             `variety.py`.
     """
-    prompts = [model.build_prompt(messages) for messages in (queries["messages"] if seen is None else seen)]
+    seen = queries["messages"] if seen is None else seen
+    prompts = [model.build_prompt(messages) for messages in seen]
     rows, titles = _rows_and_titles(corpus, queries["gold"]) if corpus is not None else ({}, {})
     texts = [
         rewrite or _with_title(titles.get(gold[0]) if gold else None, last_question(messages))
@@ -206,7 +213,7 @@ def build_examples(
         ]
     else:
         sequences, num_read = prompts, [model.config.num_context_tokens] * len(prompts)
-    targets = np.asarray(teacher.cached(texts, "query", f"Teacher: targets of {name}"))
+    targets = np.array(teacher.cached(texts, "query", f"Teacher: targets of {name}"))
     examples = RetrievalExamples(
         sequences, num_read, targets, targets[:0], [[] for _ in prompts], id_offset=id_offset, name=name, mode=mode
     )
@@ -214,12 +221,23 @@ def build_examples(
         examples.documents = teacher.documents(corpus)
         examples.positives = [[rows[document_id] for document_id in gold] for gold in queries["gold"]]
         # A last question alone often names nothing; its document does.
-        alone = np.array([not rewrite for rewrite in queries["rewrite"]])
-        if gold_share and alone.any():
-            targets = targets.copy()
-            gold = examples.documents[[rows[document_ids[0]] for document_ids in queries["gold"]]]
-            targets[alone] = (1 - gold_share) * targets[alone] + gold_share * gold[alone]
-            examples.targets = targets / np.linalg.norm(targets, axis=1, keepdims=True)
+        share = np.array(
+            [[rewrite_gold_share if rewrite else gold_share] for rewrite in queries["rewrite"]], np.float32
+        )
+        gold = examples.documents[[rows[document_ids[0]] for document_ids in queries["gold"]]]
+        examples.targets = _unit((1 - share) * targets + share * gold)
+    said = [_earlier_answers(messages) for messages in seen]
+    if novelty_threshold < 1 and any(said):
+        texts = sorted({text for answers in said for text in answers})
+        vectors = teacher.cached(texts, "document", f"Teacher: earlier answers of {name}")
+        place = {text: row for row, text in enumerate(texts)}
+        for i, answers in enumerate(said):
+            if answers:
+                others = np.asarray(vectors[[place[text] for text in answers]])
+                for row in examples.positives[i]:  # an answer that is asked for once more
+                    others = others[others @ examples.documents[row] < SAME_TEXT]
+                examples.targets[i] = turned_away(examples.targets[i], others, novelty_threshold)
+    if corpus is not None:
         examples.ranking = teacher.ranking(examples.targets, examples.documents, rank_top_k)
         if num_hard_negatives:
             pools = [
@@ -232,6 +250,28 @@ def build_examples(
     if not online_features and mode != "probe":  # which needs the backbone in every step
         examples.store = FeatureStore.build(model, sequences, cache_dir, progress=f"Hidden states: {name}, {mode}")
     return examples
+
+
+def turned_away(target: np.ndarray, others: np.ndarray, threshold: float) -> np.ndarray:
+    """
+    A unit vector `(dim,)` turned away from `others` `(n, dim)` as far as its cosine to them is over the threshold, by ridge
+    regression, as the model's `Novelty` does it: an answer that was given is near the next question, and is not what is
+    looked for.
+    """
+    excess = np.maximum(others @ target - threshold, 0)
+    weights = np.linalg.solve(others @ others.T + NOVELTY_RIDGE * np.eye(len(others)), excess)
+    return _unit(target - weights @ others)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def _earlier_answers(messages: Conversation) -> list[str]:
+    """What the assistant has said before the last turn."""
+    return [
+        message["content"] for message in messages[:-1] if message["role"] == "assistant" and message["content"].strip()
+    ]
 
 
 def _rows_and_titles(corpus: Dataset, gold: Sequence[Sequence[str]]) -> tuple[dict[str, int], dict[str, str]]:

@@ -235,6 +235,7 @@ def test_the_copy_path_tells_turns_apart_from_the_newest(tiny_model: NativeRetri
     with torch.no_grad():
         # Behind its words stand the two special tokens that end it and begin the assistant's.
         tiny_model.copy_path.segment_bias.weight[2] = 5.0
+        tiny_model.copy_path.novelty.turn_gate.bias.fill_(-10.0)  # which would turn away from some
     question = user("Who owned it?")
     for history in ([], CONVERSATIONS[1], [*CONVERSATIONS[1][1:], assistant("It is old."), *CONVERSATIONS[0]]):
         found = tiny_model.embed_query([*history, assistant("Well."), question], return_attributions=True)
@@ -282,7 +283,7 @@ def test_the_newest_token_has_the_same_position_in_every_prompt(
     # Without an encoder, which would mix the tokens.
     head = make_model(head_num_layers=0, copy_num_heads=0, num_context_tokens=6).head
     before, after = padding
-    states = torch.randn(1, before + length + after, len(head.norms), 32)
+    states = torch.randn(1, before + length + after, head.linear_in.in_features // 32, 32)
     mask = torch.tensor([[False] * before + [True] * length + [False] * after])
     _, summary = head(states, mask)
     newest = summary[0, summary.shape[1] // 2 :]
@@ -300,7 +301,7 @@ def test_the_head_reads_the_last_tokens_and_knows_which_is_the_newest(
     before, after = padding
     ids = torch.tensor([[0] * before + list(range(10, 10 + length)) + [0] * after])
     mask = torch.tensor([[0] * before + [1] * length + [0] * after])
-    states = torch.randn(*ids.shape, len(model.head.norms), 32)
+    states = torch.randn(*ids.shape, len(model.config.hidden_state_layers), 32)
     for read, wanted in ((slice(None, half), range(length - width, length)), (slice(half, None), [length - 1])):
         with torch.no_grad():
             for weight in (*model.head.linear_out.parameters(), *model.head.skip.parameters()):
