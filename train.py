@@ -84,7 +84,7 @@ class DataArguments:
         default_factory=list,
         metadata={
             "help": "How often each of train_data is seen in an epoch (default: once). Below 1, that share of its "
-            "queries, evenly spaced."
+            "queries, the first: the turns of a conversation stand together, and cost one pass."
         },
     )
     query_modes: list[str] = field(
@@ -278,7 +278,7 @@ def load_data(data_args: DataArguments):
         if data_args.max_train_queries:
             queries = queries.select(range(min(data_args.max_train_queries, len(queries))))
         if weight < 1:
-            queries = queries.select(evenly(list(range(len(queries))), round(weight * len(queries))))
+            queries = queries.select(range(round(weight * len(queries))))
         train.append((name, queries, corpus))
     texts = [text for source in data_args.plain_text for text in load_texts(source)["text"]]
     return train, dev, evenly(texts, data_args.num_plain_texts)
