@@ -366,23 +366,30 @@ class CopyPath(nn.Module):
         # A row with nothing to copy would otherwise spread its weight over padding.
         weights = scores.softmax(-1) * mask.any(1)[:, None, None]
         attributions = torch.einsum("n,bnt->bt", self.gain, weights)
-        values = self.token_values(input_ids)
         mixed = torch.einsum("bnt,bth->bnh", weights, states).flatten(1)
         mixed = self.dropout(mixed).to(self.state_value.weight.dtype)
-        vectors = vectors + torch.einsum("bt,btd->bd", attributions, values) + self.state_value(mixed)
+        vectors = vectors + self._sum_of_values(input_ids, attributions) + self.state_value(mixed)
 
-        # Each turn by itself, its words weighted as in `words`.
+        # Each turn by itself, its words weighted as in `words`. Turns stand in order, so each is a bag of neighbours.
         salience = salience.masked_fill(~mask, torch.finfo(salience.dtype).min)
         shares = (salience - salience.amax(1, keepdim=True)).exp() * mask
-        turns = segments + self.NUM_SEGMENTS * torch.arange(batch, device=segments.device)[:, None]
+        turns = self.NUM_SEGMENTS - 1 - segments
+        rows = self.NUM_SEGMENTS * torch.arange(batch, device=turns.device)[:, None]
+        starts = torch.searchsorted(
+            (turns + rows).flatten(), (rows + torch.arange(self.NUM_SEGMENTS, device=turns.device)).flatten()
+        )
+        tokens = torch.arange(turns.numel(), device=turns.device)
         turn_words, turn_states = (
-            torch.zeros(batch * self.NUM_SEGMENTS, part.shape[-1], device=part.device)
-            .index_add(0, turns.flatten(), (shares[..., None] * part).flatten(0, 1))
-            .view(batch, self.NUM_SEGMENTS, -1)
-            for part in (values, states)
+            F.embedding_bag(ids, table, starts, per_sample_weights=shares.flatten(), mode="sum").view(
+                batch, self.NUM_SEGMENTS, -1
+            )
+            for ids, table in ((input_ids.flatten(), self.token_values.weight), (tokens, states.flatten(0, 1)))
         )
         vectors, away = self.novelty(vectors, summary, turn_words, turn_states)
-        return vectors, attributions - away.gather(1, segments) * shares
+        return vectors, attributions - away.gather(1, turns) * shares
+
+    def _sum_of_values(self, input_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return F.embedding_bag(input_ids, self.token_values.weight, per_sample_weights=weights, mode="sum")
 
     def words(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """
@@ -392,7 +399,7 @@ class CopyPath(nn.Module):
         """
         scores = self.BIAS_SCALE * self.token_salience(input_ids).squeeze(-1)
         weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
-        return torch.einsum("bt,btd->bd", weights, self.token_values(input_ids))
+        return self._sum_of_values(input_ids, weights)
 
 
 class Probe(nn.Module):

@@ -34,7 +34,15 @@ from transformers import (
 
 import modeling_native_retrieval
 from configuration_native_retrieval import NativeRetrievalConfig
-from modeling_native_retrieval import NativeRetrievalModel, build_prompt
+from modeling_native_retrieval import NativeRetrievalModel, Novelty, build_prompt
+
+# By itself: 8 dimensions of the teacher's, 16 of the backbone's, all gates open.
+NOVELTY = Novelty(NativeRetrievalConfig(text_config=LlamaConfig(hidden_size=16, num_attention_heads=4), head_dim=8))
+with torch.no_grad():
+    NOVELTY.log_ridge.fill_(-2.0)
+    torch.nn.init.zeros_(NOVELTY.question_gate.weight)
+    torch.nn.init.zeros_(NOVELTY.turn_gate.weight)
+    NOVELTY.turn_gate.bias.fill_(10.0)
 
 MODES = ("context", "generated", "probe")
 BACKBONES = [(family, tie) for family in FAMILIES for tie in (True, False)]
@@ -242,6 +250,82 @@ def test_the_copy_path_tells_turns_apart_from_the_newest(tiny_model: NativeRetri
         ids, weights = found.input_ids[0], found.attributions[0].abs()
         starts = (ids == tiny_model.tokenizer.bos_token_id).nonzero().flatten().tolist()
         assert weights[starts[-2] : starts[-1]].sum() > 0.99 * weights.sum() > 0
+
+
+# Novelty: away from what has been said
+
+
+def open_gates(model: NativeRetrievalModel, threshold: float = -1.0) -> None:
+    with torch.no_grad():
+        model.copy_path.novelty.turn_gate.bias.fill_(10.0)
+        model.copy_path.novelty.threshold.fill_(threshold)
+
+
+def test_attributions_are_what_the_vector_is_made_of(tiny_model: NativeRetrievalModel):
+    """Untrained, a vector is the sum of its tokens' values, those that it is turned away from included."""
+    open_gates(tiny_model, threshold=0.2)
+    output = tiny_model.embed_query(CONVERSATIONS, return_attributions=True)
+    values = tiny_model.copy_path.token_values(output.input_ids)
+    wanted = torch.einsum("bt,btd->bd", output.attributions, values)
+    assert (output.attributions < 0).any(1).tolist()[1]
+    assert_close(output.query_embeddings, F.normalize(wanted, dim=-1))
+
+
+def test_turns_are_told_apart(tiny_model: NativeRetrievalModel, monkeypatch: pytest.MonkeyPatch):
+    """Each turn's words are those that `words` gives of it alone, whichever turns and rows stand beside it."""
+    seen = []
+    novelty = tiny_model.copy_path.novelty
+    monkeypatch.setattr(
+        novelty, "forward", lambda vectors, summary, words, states: (vectors, seen.append(words) or words[..., 0])
+    )
+    messages = CONVERSATIONS[1]
+    tiny_model.embed_query([CONVERSATIONS[0], messages], return_attributions=True)
+    for turn in messages:
+        text = f"{turn['role']}\n{turn['content']}"
+        ids = torch.tensor([tiny_model.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        wanted = F.normalize(tiny_model.copy_path.words(ids, torch.ones_like(ids).bool()), dim=-1)
+        found = F.normalize(seen[0][1], dim=-1) @ wanted[0]
+        assert found.max() > 0.999
+    assert (seen[0][0].norm(dim=-1) > 0).sum() < (seen[0][1].norm(dim=-1) > 0).sum()
+
+
+@given(st.integers(1, 6), st.floats(-1, 1), st.integers(0, 2**16))
+@settings(max_examples=50, deadline=None)
+def test_a_vector_is_turned_away_from_turns_over_the_threshold(turns: int, threshold: float, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    novelty = NOVELTY
+    with torch.no_grad():
+        novelty.threshold.fill_(threshold)
+    vector = F.normalize(torch.randn(1, 8, generator=generator), dim=-1)
+    words = torch.randn(1, turns, 8, generator=generator)
+    summary, states = torch.zeros(1, 2 * 8), torch.zeros(1, turns, 16)
+    with torch.no_grad():
+        turned, away = novelty(vector, summary, words, states)
+        order = torch.randperm(turns, generator=generator)
+        scale = torch.rand(1, turns, 1, generator=generator) + 0.5
+        again, _ = novelty(vector, summary, (scale * words)[:, order], states)
+        twice, _ = novelty(3 * vector, summary, words, states)
+    before = (F.normalize(words, dim=-1) @ vector[0])[0]
+    after = (F.normalize(words, dim=-1) @ turned[0])[0]
+    if (before <= threshold).all():
+        assert_close(turned, vector)
+    if turns == 1:
+        assert after[0] <= before[0] + 1e-6
+    assert_close(again, turned)  # neither the order of the turns nor their length counts
+    assert_close(twice, 3 * turned)
+    assert_close(vector - turned, torch.einsum("bn,bnd->bd", away, words))
+
+
+def test_a_turn_said_twice_is_not_taken_away_twice(tiny_model: NativeRetrievalModel):
+    vector = F.normalize(torch.randn(1, 8), dim=-1)
+    words = vector[:, None] + 0.5 * torch.randn(1, 1, 8)
+    summary, states = torch.zeros(1, 16), torch.zeros(1, 1, 16)
+    with torch.no_grad():
+        NOVELTY.threshold.fill_(0.3)
+        once, _ = NOVELTY(vector, summary, words, states)
+        often, _ = NOVELTY(vector, summary, words.expand(-1, 9, -1), states.expand(-1, 9, -1))
+    cosine = (F.normalize(words[:, 0], dim=-1) * once).sum()
+    assert 0.3 - 0.1 < (F.normalize(words[:, 0], dim=-1) * often).sum() <= cosine
 
 
 # The head on its own

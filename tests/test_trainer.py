@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ import torch
 from datasets import Dataset
 from fuzz import check_recipe, recipes
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModel
 
 import train
 from native_retrieval.data import load_task
-from native_retrieval.examples import build_examples, build_texts, collate
+from native_retrieval.examples import build_examples, build_texts, collate, turned_away
 from native_retrieval.losses import alignment_loss, contrastive_loss
 from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
 
@@ -322,6 +324,46 @@ def test_the_target_of_a_query_without_a_rewrite_moves_towards_its_document(tiny
     assert np.allclose(built.targets, [wanted / np.linalg.norm(wanted), asked], atol=1e-6)
 
 
+def test_targets_are_turned_away_from_earlier_answers(tiny_model, stub_teacher, tmp_path):
+    answers = ["It was opened in 1874.", "It was built by Ada Moss, an engineer."]
+    corpus = Dataset.from_list([{"_id": str(i), "title": "", "text": text} for i, text in enumerate(answers)])
+    messages = [
+        {"role": "user", "content": "When was it opened?"},
+        {"role": "assistant", "content": answers[0]},
+        {"role": "user", "content": "Who built it?"},
+    ]
+    rows = [{"messages": messages, "rewrite": "Who built the bridge that was opened in 1874?", "gold": ["1"]}]
+    rows.append({**rows[0], "gold": ["0"]})  # asked for once more
+
+    def targets(**settings):
+        built = build_examples(
+            *(tiny_model, stub_teacher, Dataset.from_list(rows), corpus, "context"),
+            **{"cache_dir": str(tmp_path), "rank_top_k": 2, **settings},
+        )
+        return built.targets
+
+    plain, moved, said = targets(), targets(novelty_threshold=0.1), stub_teacher.documents(corpus)[0]
+    assert np.array_equal(moved[1], plain[1])
+    assert plain[0] @ said > moved[0] @ said > 0 and np.allclose(np.linalg.norm(moved, axis=1), 1)
+    assert np.array_equal(targets(novelty_threshold=plain[0] @ said + 0.01), plain)
+    shared = targets(rewrite_gold_share=0.5)
+    assert (shared * stub_teacher.documents(corpus)[[1, 0]]).sum(1) == pytest.approx(1, abs=0.3)
+    assert ((shared - plain) ** 2).sum(1).min() > 0
+
+
+@given(st.integers(1, 9), st.floats(-1, 1), st.integers(0, 2**16))
+@settings(max_examples=50, deadline=None)
+def test_what_is_turned_away_is_what_lies_over_the_threshold(count, threshold, seed):
+    rng = np.random.default_rng(seed)
+    target, *others = rng.normal(size=(count + 1, 6))
+    target, others = target / np.linalg.norm(target), np.array([o / np.linalg.norm(o) for o in others])
+    turned = turned_away(target, others, threshold)
+    assert np.linalg.norm(turned) == pytest.approx(1, abs=1e-5)
+    if (others @ target <= threshold).all():
+        assert np.allclose(turned, target, atol=1e-6)
+    assert np.allclose(turned_away(target, others[::-1], threshold), turned, atol=1e-5)
+
+
 def test_the_head_is_to_read_the_end_of_each_prompt(examples):
     dataset = examples(mode="generated")
     batch = collate([dataset[i] for i in range(len(dataset))])
@@ -439,6 +481,8 @@ def test_the_probe_is_trained_in_a_stage_of_its_own(stub_training, backbone_dir,
         (["--backbone", "b"], "teacher is missing"),
         (["--backbone", "b", "--teacher", "t"], "train_data is missing"),
         (["--backbone", "b", "--teacher", "t", "--train_data", "d"], "dev_data is missing"),
+        (["--train_data", "d", "--train_weights", "1", "2"], "one number above 0 for each of the 1 entries"),
+        (["--novelty_threshold", "2"], "must lie in 0 to 1"),
     ],
 )
 def test_bad_arguments_are_one_line(argv, said):
@@ -468,6 +512,15 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
     model_args, data_args, _, training_args = train.parse([str(recipe), "--backbone", "b"])
     assert (model_args.backbone, training_args.learning_rate) == ("b", 1e-3)
     assert data_args.query_modes == ["context", "generated"]
+
+
+def test_data_sets_are_seen_as_often_as_their_weights_say(stub_training, backbone_dir, beir_folder, tmp_path, capfd):
+    few = ("--variety", "0", "--plain_text_share", "0", "--word_epochs", "0")
+    seen = {}
+    for weight in ("0.5", "1", "3"):
+        train.main(words(backbone_dir, beir_folder, tmp_path / weight, "--train_weights", weight, *few))
+        seen[weight] = int(re.search(r"Stage b: (\d+) examples", capfd.readouterr().out)[1])
+    assert seen["0.5"] == round(0.5 * seen["1"]) and seen["3"] == 3 * seen["1"] > 0
 
 
 def test_shipped_recipes_parse():
