@@ -207,7 +207,7 @@ class ProjectionHead(nn.Module):
         super().__init__()
         hidden_size = config.text_config.get_text_config().hidden_size
         num_layers = len(config.hidden_state_layers)
-        self.num_positions = max(config.num_context_tokens, config.max_query_tokens, config.num_probe_tokens)
+        self.num_positions = max(config.num_context_tokens, config.max_query_tokens)
         # Without scale and shift, which would be one with the maps behind it: so the layers' norms are one operation.
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False)
         self.linear_in = nn.Linear(num_layers * hidden_size, config.head_dim)
@@ -405,7 +405,7 @@ class CopyPath(nn.Module):
 class Probe(nn.Module):
     """
     Learned tokens that ask the backbone for a query, behind any prompt: their embeddings, a low-rank adapter (LoRA, arXiv
-    2106.09685) in some of the backbone's layers that acts on them alone, and a head that reads their states.
+    2106.09685) in some of the backbone's layers that acts on them alone, and a small head that reads their states.
 
     Everything here is added to what the context gives, and starts at zero: an untrained probe changes nothing.
     """
@@ -422,8 +422,19 @@ class Probe(nn.Module):
             width_in, width_out = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
             self.down[name] = nn.Parameter(torch.empty(config.adapter_rank, width_in))
             self.up[name] = nn.Parameter(torch.empty(width_out, config.adapter_rank))
-        self.head = ProjectionHead(config, starts_at_zero=True)
-        self.summary = ZeroLinear(2 * config.head_dim, 2 * config.head_dim)
+        self.norm = nn.LayerNorm(text.hidden_size, elementwise_affine=False)
+        self.linear_in = nn.Linear(2 * len(config.hidden_state_layers) * text.hidden_size, config.head_dim)
+        self.linear_out = ZeroLinear(config.head_dim, config.embedding_dim)
+        self.summary = ZeroLinear(config.head_dim, 2 * config.head_dim)
+
+    def read(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        States `(batch, num_probe_tokens, layers, hidden_size)` to what they add to the vector and to the summary of the
+        context, `(batch, embedding_dim)` and `(batch, 2 * head_dim)`.
+        """
+        states = self.norm(states.to(self.linear_in.weight.dtype)).flatten(2)
+        read = F.gelu(self.linear_in(torch.cat((states.mean(1), states[:, -1]), dim=-1)))
+        return self.linear_out(read), self.summary(read)
 
     def adapt(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
         """What the adapter adds to the output of the linear layer of this name."""
@@ -904,9 +915,8 @@ class NativeRetrievalModel(PreTrainedModel):
         read = hidden_states[torch.arange(len(order), device=order.device)[:, None], order.clamp(min=0)]
         vectors, summary = self.head(read.to(self.head.linear_in.weight.dtype), order >= 0)
         if probe_states is not None:
-            every = torch.ones(probe_states.shape[:2], dtype=torch.bool, device=probe_states.device)
-            more, asked = self.probe.head(probe_states.to(self.probe.head.linear_in.weight.dtype), every)
-            vectors, summary = vectors + more, summary + self.probe.summary(asked).to(summary.dtype)
+            more, asked = self.probe.read(probe_states)
+            vectors, summary = vectors + more, summary + asked
 
         attributions = None
         if self.copy_path is not None:

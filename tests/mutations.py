@@ -222,6 +222,41 @@ MUTATIONS = [
         "modeling::test_the_copy_path_tells_turns_apart_from_the_newest",
     ),
     Mutation(
+        "novelty: no threshold",
+        MODEL,
+        " - gate * self.threshold * length",
+        "",
+        "modeling::test_a_vector_is_turned_away_from_turns_over_the_threshold",
+    ),
+    Mutation(
+        "novelty: what turns share is taken away from each",
+        MODEL,
+        "torch.linalg.solve(turns @ turns.mT + ridge, excess)",
+        "excess",
+        "modeling::test_a_turn_said_twice_is_not_taken_away_twice",
+    ),
+    Mutation(
+        "novelty: turns are mixed up",
+        MODEL,
+        "turns = self.NUM_SEGMENTS - 1 - segments",
+        "turns = self.NUM_SEGMENTS - 1 - segments.clamp(max=1)",
+        "modeling::test_turns_are_told_apart",
+    ),
+    Mutation(
+        "novelty: attributions leave it out",
+        MODEL,
+        "attributions - away.gather(1, turns) * shares",
+        "attributions",
+        "modeling::test_attributions_are_what_the_vector_is_made_of",
+    ),
+    Mutation(
+        "targets: turned away from the answer itself",
+        "native_retrieval/examples.py",
+        "others = others[others @ examples.documents[row] < SAME_TEXT]",
+        "pass",
+        "trainer::test_targets_are_turned_away_from_earlier_answers",
+    ),
+    Mutation(
         "generated: the head reads the prompt too",
         MODEL,
         "readout_mask[:, :query_start] = False",
@@ -295,8 +330,8 @@ MUTATIONS = [
     Mutation(
         "probe: its head does not start at zero",
         MODEL,
-        "ProjectionHead(config, starts_at_zero=True)",
-        "ProjectionHead(config, starts_at_zero=False)",
+        "self.linear_out = ZeroLinear(config.head_dim, config.embedding_dim)",
+        "self.linear_out = nn.Linear(config.head_dim, config.embedding_dim)",
         "modeling::test_a_new_probe_changes_nothing",
     ),
     Mutation(
