@@ -41,6 +41,7 @@ class RetrievalExamples(torch.utils.data.Dataset):
         store (`FeatureStore`, *optional*): the backbone's states; without it the model computes them in each step.
         id_offset (`int`): tells the documents of several corpora apart.
         name (`str`): of the data set, for metrics.
+        ids (`list[str]`, *optional*): of the queries, for errors; their numbers by default.
         mode (`str`): `"context"`, `"generated"`, `"probe"`, or `"words"` for plain texts of the copy path's words. A
             batch has rows of one mode, but for the first two.
     """
@@ -57,6 +58,7 @@ class RetrievalExamples(torch.utils.data.Dataset):
     id_offset: int = 0
     name: str = ""
     mode: str = "context"
+    ids: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -69,6 +71,7 @@ class RetrievalExamples(torch.utils.data.Dataset):
         positives = self.positives[i]
         item = {
             "index": i,
+            "query": f"{self.name}: {self.ids[i] if self.ids else i}",
             "input_ids": self.sequences[i],
             "num_read": self.num_read[i],
             "target": self.targets[i],
@@ -94,6 +97,7 @@ def collate(items: Sequence[dict]) -> dict[str, torch.Tensor]:
     width = max(len(item["input_ids"]) for item in items)
     batch = {
         "index": torch.tensor([item["index"] for item in items]),
+        "query": [item["query"] for item in items],
         "input_ids": torch.zeros(len(items), width, dtype=torch.long),
         "attention_mask": torch.zeros(len(items), width, dtype=torch.long),
         "readout_mask": torch.zeros(len(items), width, dtype=torch.bool),
@@ -217,6 +221,8 @@ def build_examples(
     examples = RetrievalExamples(
         sequences, num_read, targets, targets[:0], [[] for _ in prompts], id_offset=id_offset, name=name, mode=mode
     )
+    if "_id" in queries.column_names:
+        examples.ids = list(queries["_id"])
     if corpus is not None:
         examples.documents = teacher.documents(corpus)
         examples.positives = [[rows[document_id] for document_id in gold] for gold in queries["gold"]]

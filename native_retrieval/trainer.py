@@ -187,11 +187,10 @@ class NativeRetrievalTrainer(Trainer):
             seen = {name: str(part.item()) for name, part in parts.items()}
             path = Path(self.args.output_dir, "batch-not-finite.json")
             path.parent.mkdir(parents=True, exist_ok=True)
-            batch = {"queries": inputs["index"].tolist(), "documents": inputs["positive_ids"][:, 0].tolist()}
-            path.write_text(json.dumps({"step": self.state.global_step, **seen, **batch}) + "\n")
+            path.write_text(json.dumps({"step": self.state.global_step, **seen, "queries": inputs["query"]}) + "\n")
             raise FloatingPointError(
-                f"the loss is {loss.item()} ({', '.join(f'{k} {v}' for k, v in seen.items())}); the numbers of the batch's "
-                f"queries are in {path}; lower the learning rate or raise the temperatures"
+                f"the loss is {loss.item()} ({', '.join(f'{k} {v}' for k, v in seen.items())}); the batch's queries are "
+                f"named in {path}; lower the learning rate or raise the temperatures"
             )
         if model.training:
             self._num_queries += len(inputs["input_ids"]) * self.args.world_size

@@ -238,7 +238,7 @@ def test_a_full_disk_is_one_line(tiny_model, examples, tmp_path, monkeypatch):
         NativeRetrievalTrainer(tiny_model, arguments(tmp_path), examples(), examples("dev")).train()
 
 
-def test_a_loss_that_is_not_finite_stops_training(tiny_model, examples, tmp_path):
+def test_a_loss_that_is_not_finite_stops_training(tiny_model, examples, beir_folder, tmp_path):
     args = arguments(tmp_path, eval_strategy="no", load_best_model_at_end=False)
     trainer = NativeRetrievalTrainer(tiny_model, args)
     batch = collate([examples()[i] for i in range(4)])
@@ -246,7 +246,8 @@ def test_a_loss_that_is_not_finite_stops_training(tiny_model, examples, tmp_path
     with pytest.raises(FloatingPointError, match="batch-not-finite.json"):
         trainer.compute_loss(tiny_model, batch)
     kept = json.loads((tmp_path / "out" / "batch-not-finite.json").read_text())
-    assert kept["queries"] == [0, 1, 2, 3] and kept["alignment"] == "nan"
+    named = [f"train: {query_id}" for query_id in load_task(beir_folder, "train").queries["_id"][:4]]
+    assert kept["queries"] == named and kept["alignment"] == "nan"
 
 
 def test_a_seed_determines_the_weights(make_model, examples, tmp_path):
