@@ -876,7 +876,7 @@ def test_large_maps_have_the_backbones_precision_and_vectors_agree(
     model.save_pretrained(tmp_path)
     loaded = NativeRetrievalModel.from_pretrained(tmp_path, **arguments)
     wanted = arguments.get("dtype", torch.bfloat16)
-    summed = ("copy_path.key", "copy_path.segment_bias", "copy_path.token_", "copy_path.gain")
+    summed = tuple(f"copy_path.{name}" for name in ("key", "segment_bias", "token_", "gain", "novelty"))
     for name, parameter in loaded.named_parameters():
         assert parameter.dtype == (torch.float32 if name.startswith(summed) else wanted), name
     # In another precision a backbone may write another query.
