@@ -66,6 +66,9 @@ class NativeRetrievalConfig(PreTrainedConfig):
             Heads of the copy path, which picks words out of the conversation; 0 leaves the path out, and gives the
             paper's head.
         copy_head_dim (`int`, defaults to 64): width of a copy head's queries and keys.
+        copy_vocab_size (`int`, *optional*):
+            Tokens that the copy path has values for: the teacher's, whose tokenizer is then saved beside the weights. By
+            default those of the backbone.
         copy_layer (`int`, *optional*):
             The layer, one of `hidden_state_layers`, that gives the copy path its keys. Defaults to the middle one.
     """
@@ -101,6 +104,7 @@ class NativeRetrievalConfig(PreTrainedConfig):
     head_skip: bool = True
     copy_num_heads: int = 8
     copy_head_dim: int = 64
+    copy_vocab_size: int | None = None
     copy_layer: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -142,6 +146,10 @@ class NativeRetrievalConfig(PreTrainedConfig):
         ):
             value = getattr(self, name)
             need(isinstance(value, int) and value >= 1, f"{name}={value!r} must be a whole number, at least 1")
+        need(
+            self.copy_vocab_size is None or self.copy_vocab_size >= 1,
+            f"copy_vocab_size={self.copy_vocab_size} must be at least 1",
+        )
         need(
             self.max_prompt_tokens <= longest,
             f"max_prompt_tokens={self.max_prompt_tokens} leaves no room for a query of {self.max_query_tokens} tokens in "

@@ -31,6 +31,7 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     __version__,
 )
 from transformers import initialization as init
@@ -45,6 +46,7 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 ROLES = ("system", "user", "assistant", "tool")
+TEACHER_TOKENIZER = "teacher_tokenizer"  # a folder beside the weights
 Message = dict[str, Any]
 Conversation = list[Message]
 
@@ -178,6 +180,46 @@ def build_prompt(
         del messages[oldest : oldest + drop]
 
 
+def _spellings(tokenizer) -> list[bytes]:
+    """What each token stands for in a text, in UTF-8; of some it is a part of a character."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    if tokenizer.convert_tokens_to_string(["\u0120"]) == " ":  # GPT-2's spelling: a character for each byte
+        shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        hidden = [byte for byte in range(256) if byte not in shown]
+        byte_of = {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+        return [
+            bytes(map(byte_of.get, token)) if all(map(byte_of.__contains__, token)) else token.encode()
+            for token in (token or "" for token in tokens)
+        ]
+    return [  # SentencePiece's
+        bytes([int(token[3:5], 16)])
+        if re.fullmatch("<0x[0-9A-F]{2}>", token)
+        else token.replace("\u2581", " ").encode("utf-8", "surrogateescape")
+        for token in (token or "" for token in tokens)
+    ]
+
+
+def _read_in(tokenizer, tokens: list[bytes]) -> tuple[list[int], torch.Tensor]:
+    """
+    A text, given as the spellings of one tokenizer's tokens, in another tokenizer's: their ids, and for each the place of
+    the token in which it ends.
+    """
+    text = b"".join((*tokens, b"\n")).decode("utf-8", "surrogateescape")
+    encoding = tokenizer.backend_tokenizer.encode(
+        # What is no character stays one place: a cut one, at an end of the text.
+        text if text.isascii() else re.sub("[\udc80-\udcff]", "\ufffd", text),
+        add_special_tokens=False,
+    )
+    ends = torch.tensor([end for _, end in encoding.offsets], dtype=torch.long)  # in characters
+    if not text.isascii():
+        characters = torch.frombuffer(bytearray(text.encode("utf-32-le", "surrogatepass")), dtype=torch.int32)
+        widths = 1 + (characters >= 0x80).long() + (characters >= 0x800) + (characters >= 0x10000)
+        widths[(characters >= 0xDC80) & (characters <= 0xDCFF)] = 1
+        ends = widths.cumsum(0)[(ends - 1).clamp(min=0)]
+    places = torch.searchsorted(torch.tensor([len(token) for token in tokens]).cumsum(0), ends)
+    return encoding.ids, places.clamp(max=len(tokens) - 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The head
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,8 +349,10 @@ class Novelty(nn.Module):
 class CopyPath(nn.Module):
     """
     What a language model's deep states lose is which words were said. This path attends over the conversation, decides
-    which of its words belong in the query, and adds their values: a learned vector for each vocabulary entry, in the
-    teacher's space, plus a projection of the token's state, which knows the name that its pieces spell.
+    which of its words belong in the query, and adds their values: a learned vector for each token, in the teacher's space,
+    plus a projection of the language model's state there, which knows the name that its pieces spell.
+
+    The tokens are the teacher's own, if it has a tokenizer: it knows a rare name by the pieces that it spells it with.
 
     Keys and values are never formed for each token: a linear map commutes with the weighted sum, so the query is moved
     into the states' space and the sum is moved out of it. The cost is one product with the states for each head.
@@ -327,8 +371,9 @@ class CopyPath(nn.Module):
         self.query = nn.Linear(2 * config.head_dim, heads * width)
         self.key = nn.Parameter(torch.empty(heads, width, text.hidden_size))
         self.segment_bias = nn.Embedding(self.NUM_SEGMENTS, heads)
-        self.token_values = nn.Embedding(text.vocab_size, config.embedding_dim)
-        self.token_salience = nn.Embedding(text.vocab_size, 1)
+        vocab_size = config.copy_vocab_size or text.vocab_size
+        self.token_values = nn.Embedding(vocab_size, config.embedding_dim)
+        self.token_salience = nn.Embedding(vocab_size, 1)
         self.gain = nn.Parameter(torch.empty(heads))
         self.state_value = ZeroLinear(heads * text.hidden_size, config.embedding_dim, bias=False)
         self.novelty = Novelty(config)
@@ -347,9 +392,9 @@ class CopyPath(nn.Module):
         Args:
             vectors, summary (`(batch, embedding_dim)`, `(batch, 2 * head_dim)`): from the projection head; the summary
                 asks for words, and these are added to the vectors.
-            states (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): of every token at `copy_layer`.
-            input_ids, mask, segments (`(batch, tokens)`): the tokens, which of them may be copied, and how many special
-                tokens follow each, which tells the turns apart.
+            states (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): at `copy_layer`, where each token ends.
+            input_ids, mask, segments (`(batch, tokens)`): the tokens to copy from, in order, which of them may be copied,
+                and how many special tokens of the prompt follow each, which tells the turns apart.
 
         Returns:
             the vectors `(batch, embedding_dim)`, and the weight of each token in them `(batch, tokens)`: below 0, they are
@@ -572,6 +617,7 @@ class Prefill(ModelOutput):
     attention_mask: torch.LongTensor | None = None
     hidden_states: torch.FloatTensor | None = None  # (batch, tokens, layers, hidden_size)
     past_key_values: Any = None
+    words: tuple[torch.Tensor, ...] | None = None  # of `words_of`
 
 
 class NativeRetrievalModel(PreTrainedModel):
@@ -616,7 +662,7 @@ class NativeRetrievalModel(PreTrainedModel):
         self._hook_backbone()
         if not config.store_backbone:
             self._keys_to_ignore_on_load_missing = [r"^backbone\."]
-        self._tokenizer = None
+        self._tokenizer = self._teacher_tokenizer = None
         self._tokenizer_source: tuple[str, dict] | None = None
         self.post_init()
 
@@ -669,7 +715,8 @@ class NativeRetrievalModel(PreTrainedModel):
             backbone (`str` or `PreTrainedModel`): a causal language model, or its path or Hub id.
             teacher (*optional*): the embedding model of the index. Anything with
                 `encode(list[str]) -> array (n, embedding_dim)`, such as a `SentenceTransformer`; its vectors of single
-                tokens start the copy path. Without it, set `embedding_dim`.
+                tokens start the copy path: of its own `tokenizer`'s, if it has a fast one, and else of the backbone's.
+                Without it, set `embedding_dim`.
             tokenizer (*optional*): the backbone's; loaded from beside it by default.
             **config_fields: fields of [`NativeRetrievalConfig`], `backbone_revision` among them.
 
@@ -700,8 +747,20 @@ class NativeRetrievalModel(PreTrainedModel):
                 f"the tokenizer has {len(tokenizer)} tokens, the backbone embeds only "
                 f"{backbone.config.get_text_config().vocab_size}; give the backbone's own tokenizer"
             )
+        teacher_tokenizer = getattr(teacher, "tokenizer", None)
+        teacher_tokenizer = getattr(teacher_tokenizer, "backend_tokenizer", teacher_tokenizer)
+        if hasattr(teacher_tokenizer, "no_truncation"):
+            teacher_tokenizer = copy.deepcopy(teacher_tokenizer)  # a conversation is longer than what a teacher reads
+            teacher_tokenizer.no_truncation()
+            teacher_tokenizer.no_padding()
+            teacher_tokenizer = PreTrainedTokenizerFast(tokenizer_object=teacher_tokenizer)
+            config_fields["copy_vocab_size"] = len(teacher_tokenizer)
+        else:
+            teacher_tokenizer = None
         if teacher is not None:
-            spellings = [tokenizer.decode([i]).strip() or "." for i in range(len(tokenizer))]
+            copied = teacher_tokenizer or tokenizer
+            # WordPiece marks the inside of a word.
+            spellings = [copied.decode([i]).strip().removeprefix("##") or "." for i in range(len(copied))]
             distinct = sorted(set(spellings))
             rows = {spelling: row for row, spelling in enumerate(distinct)}
             vectors = torch.as_tensor(teacher.encode(distinct)).float()[[rows[spelling] for spelling in spellings]]
@@ -721,7 +780,7 @@ class NativeRetrievalModel(PreTrainedModel):
         text_config = copy.deepcopy(backbone.config)
         config = NativeRetrievalConfig(text_config=text_config, dtype=backbone.dtype, **config_fields)
         model = cls(config, backbone=backbone)
-        model.tokenizer = tokenizer
+        model.tokenizer, model._teacher_tokenizer = tokenizer, teacher_tokenizer
         for part in (model.head, model.copy_path, model.probe):
             if part is not None:
                 part.float()
@@ -789,6 +848,8 @@ class NativeRetrievalModel(PreTrainedModel):
         }
         super().save_pretrained(save_directory, *args, **kwargs)
         self.tokenizer.save_pretrained(save_directory)
+        if self.teacher_tokenizer is not None:
+            self.teacher_tokenizer.save_pretrained(os.path.join(save_directory, TEACHER_TOKENIZER))
         self.backbone.generation_config.save_pretrained(save_directory)
 
     @property
@@ -817,7 +878,28 @@ class NativeRetrievalModel(PreTrainedModel):
         self._special_ids, self._special_tokens = list(special), list(special.values())
         pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self._line_end_ids = [i for i, s in enumerate(pieces) if s and ("\u010a" in s or "\n" in s or s == "<0x0A>")]
+        unknown = max(0, self.config.text_config.get_text_config().vocab_size - len(tokenizer))
+        self._spellings = _spellings(tokenizer) + unknown * [b""]
         self._tokenizer = tokenizer  # last: another thread that sees it finds the rest as well
+
+    @property
+    def teacher_tokenizer(self):
+        """The teacher's, in whose tokens the copy path reads a conversation; `None`: it reads in the backbone's."""
+        if self._teacher_tokenizer is None and self.config.copy_vocab_size is not None:
+            if self._tokenizer_source is None:
+                raise ValueError("this model was not loaded from anywhere; its copy path lacks the teacher's tokenizer")
+            source, hub = self._tokenizer_source
+            subfolder = os.path.join(hub.get("subfolder", ""), TEACHER_TOKENIZER)
+            try:
+                self._teacher_tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                    source, **hub | {"subfolder": subfolder}
+                )
+            except (OSError, ValueError) as error:
+                raise OSError(
+                    f"{TEACHER_TOKENIZER}, a folder that was saved beside the weights of {source}, is missing or damaged; "
+                    "copy it again"
+                ) from error
+        return self._teacher_tokenizer
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -867,6 +949,7 @@ class NativeRetrievalModel(PreTrainedModel):
         words_only: bool = False,
         use_probe: bool = False,
         probe_states: torch.Tensor | None = None,
+        words: tuple[torch.Tensor, ...] | None = None,
     ) -> NativeRetrievalOutput:
         """
         Prompts to query vectors. Gradients never reach the backbone's weights, nor anything through the prompt.
@@ -877,10 +960,12 @@ class NativeRetrievalModel(PreTrainedModel):
                 default each prompt's last `num_context_tokens`.
             hidden_states (`(batch, tokens, layers, hidden_size)`, *optional*): the backbone's, at
                 `hidden_state_layers`, when they have been computed before; the backbone is then not run.
-            words_only (`bool`): the copy path's words, weighted by salience alone, of any text; for its training.
+            words_only (`bool`): the copy path's words, weighted by salience alone, of any text, whose `input_ids` are
+                those of [`encode_words`]; for its training.
             use_probe (`bool`): also pass the probe's tokens through the backbone, behind the prompts.
             probe_states (`(batch, num_probe_tokens, layers, hidden_size)`, *optional*): from [`pass_probe`], when that
                 has been done.
+            words (*optional*): from [`words_of`], likewise.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -892,7 +977,7 @@ class NativeRetrievalModel(PreTrainedModel):
             )
         if use_probe and probe_states is None:
             prefill = self.prefill(input_ids, attention_mask)
-            hidden_states, probe_states = prefill.hidden_states, self.pass_probe(prefill)
+            hidden_states, words, probe_states = prefill.hidden_states, prefill.words, self.pass_probe(prefill)
         if hidden_states is None:
             hidden_states = self.prefill(input_ids, attention_mask, use_cache=False).hidden_states
         if hidden_states.shape[:2] != input_ids.shape:
@@ -920,19 +1005,54 @@ class NativeRetrievalModel(PreTrainedModel):
 
         attributions = None
         if self.copy_path is not None:
-            special = torch.isin(input_ids, torch.tensor(self._special_ids, device=input_ids.device)) & real
-            first = real & (real.cumsum(1) == 1)  # the attention sink
-            segments = special.flip(1).cumsum(1).flip(1)
+            ids, places, mask, segments = words or self.words_of(input_ids, attention_mask)
             states = hidden_states[:, :, self.config.hidden_state_layers.index(self.config.copy_layer)]
-            vectors, attributions = self.copy_path(
-                vectors, summary, states.float(), input_ids, real & ~special & ~first, segments
-            )
+            states = states[torch.arange(len(places), device=places.device)[:, None], places].float()
+            vectors, weights = self.copy_path(vectors, summary, states, ids, mask, segments)
+            attributions = torch.zeros(input_ids.shape, device=weights.device).scatter_add(1, places, weights)
         return NativeRetrievalOutput(
             query_embeddings=F.normalize(vectors.float(), dim=-1),
             attributions=attributions,
             input_ids=input_ids,
             attention_mask=attention_mask,
         )
+
+    def encode_words(self, texts: list[str]) -> list[list[int]]:
+        """Texts to ids of the tokens that the copy path has values for: the teacher's, or the backbone's."""
+        tokenizer = self.teacher_tokenizer or self.tokenizer
+        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+    def words_of(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> tuple[torch.Tensor, ...]:
+        """
+        What the copy path reads of prompts `(batch, tokens)`: their text, in the tokens that it has values for.
+
+        Returns:
+            the ids of these, the place of the prompt's token in which each ends, which of them may be copied, and how many
+            special tokens follow each in the prompt, all `(batch, words)`.
+        """
+        device, real = input_ids.device, attention_mask.bool()
+        special = torch.isin(input_ids, torch.tensor(self._special_ids, device=device)) & real
+        segments = special.flip(1).cumsum(1).flip(1)
+        sink = real & (real.cumsum(1) == 1)  # the first token, on which attention rests that looks for nothing
+        mask = real & ~special & ~sink
+        if self.teacher_tokenizer is None:
+            return input_ids, torch.arange(input_ids.shape[1], device=device).expand_as(mask), mask, segments
+        read = [
+            _read_in(
+                self.teacher_tokenizer,
+                # What is not copied parts what stands on its two sides.
+                [self._spellings[i] if copied else b"\n" for i, copied in zip(*row, strict=True)],
+            )
+            for row in zip(input_ids.tolist(), mask.tolist(), strict=True)
+        ]
+        shape = len(read), max([1, *(len(ids) for ids, _ in read)])
+        words, there = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+        places = torch.full(shape, input_ids.shape[1] - 1)
+        for row, (ids, ends) in enumerate(read):
+            words[row, : len(ids)], places[row, : len(ids)] = torch.tensor(ids, dtype=torch.long), ends
+            there[row, : len(ids)] = True
+        words, places, there = (part.to(device) for part in (words, places, there))
+        return words, places, there & mask.gather(1, places), segments.gather(1, places)
 
     @torch.no_grad()
     def prefill(
@@ -958,6 +1078,7 @@ class NativeRetrievalModel(PreTrainedModel):
         if cache is None and use_cache:
             cache = QueryCache(self.backbone.config)
         past = cache.get_seq_length() if cache is not None else 0
+        words = None if self.copy_path is None else self.words_of(input_ids, attention_mask)
         output = self.backbone.base_model(
             input_ids=input_ids[:, past:],
             attention_mask=attention_mask,
@@ -968,9 +1089,9 @@ class NativeRetrievalModel(PreTrainedModel):
         )
         if cache is None:
             hidden_states = torch.stack([output.hidden_states[i] for i in self.config.hidden_state_layers], dim=2)
-            return Prefill(input_ids, attention_mask, hidden_states)
+            return Prefill(input_ids, attention_mask, hidden_states, words=words)
         cache._padding = attention_mask
-        return Prefill(*cache.recorded(), cache)
+        return Prefill(*cache.recorded(), cache, words)
 
     def _go_on(self, cache: QueryCache, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, QueryCache]:
         """
@@ -1079,6 +1200,7 @@ class NativeRetrievalModel(PreTrainedModel):
             readout_mask,
             prefill.hidden_states,
             probe_states=probe_states,
+            words=prefill.words,
         )
         output.query_ids = queries
         return output

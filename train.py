@@ -339,7 +339,8 @@ def new_model(model_args: ModelArguments, teacher):
     from modeling_native_retrieval import NativeRetrievalModel
 
     vocabulary = SimpleNamespace(
-        encode=lambda words: np.array(teacher.cached(words, "query", "Teacher: vocabulary", True))
+        encode=lambda words: np.array(teacher.cached(words, "query", "Teacher: vocabulary", True)),
+        tokenizer=teacher.tokenizer,
     )
     return NativeRetrievalModel.from_backbone(
         model_args.backbone,

@@ -47,6 +47,9 @@ def without(recipe: str, name: str, extra: list[str]) -> tuple[list[str], str]:
 
     words = [recipe, *extra, "--train_data", *others(data_args.train_data), "--dev_data", *others(data_args.dev_data)]
     words += ["--plain_text", *others(data_args.plain_text), "--query_modes", "context"]
+    if data_args.train_weights:
+        weights = dict(zip(data_args.train_data, map(str, data_args.train_weights), strict=True))
+        words += ["--train_weights", *(weights[source] for source in others(data_args.train_data))]
     return words, next(source for source in data_args.dev_data if Path(source).name == name)
 
 

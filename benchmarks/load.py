@@ -30,12 +30,18 @@ WRONG_BELOW = 0.9999  # cosine
 LOOK_EVERY = 100  # requests between two looks at the memory
 
 
+def growth(rows: list[dict]) -> int:
+    """Megabytes of the second half's peak over the first's."""
+    half = len(rows) // 2
+    return max(row["rss_mb"] for row in rows[half:]) - max(row["rss_mb"] for row in rows[:half])
+
+
 def draw(result: dict, path: Path) -> None:
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot([row["requests"] for row in result["rows"]], [row["rss_mb"] for row in result["rows"]], color="#0072B2")
     axes.set_ylim(0, 1.2 * max(row["rss_mb"] for row in result["rows"]))
-    axes.set_xlabel(f"embed_query requests, from {result['threads']} threads")
+    axes.set_xlabel(f"{result['what']}, {result['at_once']} at once")
     axes.set_ylabel("Resident memory (MB)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -76,14 +82,14 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.threads) as pool:
         list(pool.map(request, range(arguments.requests)))
     bar.close()
-    half = len(rows) // 2
     result = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(),
-        "threads": arguments.threads,
+        "what": "embed_query requests",
+        "at_once": arguments.threads,
         "requests": done,
         "wrong": len(wrong),
-        "growth_mb_second_half": max(row["rss_mb"] for row in rows[half:]) - max(row["rss_mb"] for row in rows[:half]),
+        "growth_mb_second_half": growth(rows),
         "rows": rows,
     }
     output = Path(arguments.output)

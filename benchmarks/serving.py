@@ -7,7 +7,8 @@ second server encoding it with the teacher. Needs vLLM, in an environment of its
         --output results/bench-serving.json
 
 First, after 200 requests that their senders give up, 200 at once are answered with vectors that must agree with `embed_query`
-(cosine over 0.999); with --check, that is all. Then both ways answer the same retrieval turns (a conversation in, a query
+(cosine over 0.999); with --check, that is all. With --load, 5,000 more follow, 200 at a time, every third of them given up,
+while the server's memory is looked at. Then both ways answer the same retrieval turns (a conversation in, a query
 vector out) at each concurrency, the two-model way with plain vLLM, without our connector. Turns of one conversation share
 prefixes, which both ways may cache.
 """
@@ -28,9 +29,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import psutil
 import torch
 from openai import AsyncOpenAI
+from tqdm.auto import tqdm
 
+from benchmarks.load import LOOK_EVERY, growth
+from benchmarks.load import draw as draw_memory
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import read_conversations
 from native_retrieval.integrations.vllm import backbone_of, serve_command
@@ -66,7 +71,7 @@ def server(command: list[str], port: int):
                         cause = next((line for line in lines if "Error: " in line), "no error in its log")
                         raise OSError(f"{' '.join(words[:4])} did not start: {cause}") from None
                     time.sleep(1)
-            yield
+            yield process
         finally:
             with suppress(ProcessLookupError):  # it may have ended by itself
                 os.killpg(process.pid, signal.SIGTERM)
@@ -149,6 +154,40 @@ def check(model_dir: str, conversations: list) -> float:
     return float((torch.tensor(vectors) * wanted).sum(1).min())
 
 
+async def under_load(count: int, conversations: list, wanted: torch.Tensor, server: subprocess.Popen) -> dict:
+    """`count` requests, every third given up: how many of the others were wrong, and the memory of the server's processes."""
+    llm, gate, rows, wrong = client(PORT), asyncio.Semaphore(AT_ONCE), [], 0
+    processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    bar = tqdm(total=count, unit="request")
+
+    async def one(i: int) -> None:
+        nonlocal wrong
+        async with gate:
+            row = i % len(conversations)
+            turn = asyncio.create_task(native_turn(llm, conversations[row]))
+            if i % 3 == 2:
+                await asyncio.sleep(0.2 * (i % 7))
+                turn.cancel()
+                await asyncio.gather(turn, return_exceptions=True)
+            else:
+                wrong += float(torch.tensor(await turn) @ wanted[row]) < LEAST_COSINE
+            bar.update()
+            if bar.n % LOOK_EVERY == 0:
+                rows.append({"requests": bar.n, "rss_mb": sum(p.memory_info().rss for p in processes) // 10**6})
+
+    await asyncio.gather(*(one(i) for i in range(count)))
+    bar.close()
+    await llm.close()
+    return {
+        "what": "requests to one vLLM, every third given up",
+        "at_once": AT_ONCE,
+        "requests": count,
+        "wrong": wrong,
+        "growth_mb_second_half": growth(rows),
+        "rows": rows,
+    }
+
+
 def measure(way: str, turn, ports: list[int], warm: list, parts: dict[int, list]) -> list[dict]:
     asyncio.run(drive(turn, ports, warm, 4))
     rows = []
@@ -161,16 +200,23 @@ def measure(way: str, turn, ports: list[int], warm: list, parts: dict[int, list]
     return rows
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def write(result: dict, output: Path, draw) -> None:
+    (output.parent / "figures").mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, output.parent / "figures" / f"{output.stem}.png")
+
+
+def draw(result: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axes = figure.subplots()
     for way, colour in ((ONE, "#0072B2"), (TWO, "#6E6E6E")):
-        points = [(row["concurrency"], row["turns_per_s"]) for row in rows if row["way"] == way]
+        points = [(row["concurrency"], row["turns_per_s"]) for row in result["rows"] if row["way"] == way]
         axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=way)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({row["concurrency"] for row in rows}), sorted({row["concurrency"] for row in rows}))
+    levels = sorted({row["concurrency"] for row in result["rows"]})
+    axes.set_xticks(levels, levels)
     axes.minorticks_off()
     axes.set_ylim(0)
     axes.set_xlabel("Turns under way at any time")
@@ -188,6 +234,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="(default: 1 8 32)")
     parser.add_argument("--output", help="the JSON file to write; a figure goes into figures/ beside it")
     parser.add_argument("--check", action="store_true", help="compare the vectors of 200 requests at once, and stop")
+    parser.add_argument("--load", type=int, metavar="REQUESTS", help="send as many, write the memory's curve, and stop")
     words = parser.parse_args()
     if not words.check and not words.output:
         parser.error("--output is missing; name a JSON file, or pass --check")
@@ -197,7 +244,7 @@ def main() -> None:
     share = len(rest) // len(levels)
     parts = {level: rest[i * share : (i + 1) * share] for i, level in enumerate(levels)}
 
-    with server(serve_command(words.model, LONGEST), PORT):
+    with server(serve_command(words.model, LONGEST), PORT) as process:
         cosine = check(words.model, conversations)
         print(
             f"{CHECKED} requests given up, {CHECKED} at once answered: lowest cosine to embed_query {cosine:.5f}",
@@ -206,6 +253,12 @@ def main() -> None:
         if cosine < LEAST_COSINE:
             sys.exit(f"serving.py: wanted at least {LEAST_COSINE}")
         if words.check:
+            return
+        if words.load:
+            wanted = load_model(words.model).embed_query(conversations)
+            result = asyncio.run(under_load(words.load, conversations, wanted, process))
+            write({"command": " ".join(["python", *sys.argv]), **result}, Path(words.output), draw_memory)
+            print(f"{result['wrong']} wrong; memory grew by {result['growth_mb_second_half']} MB in the second half")
             return
     with server(serve_command(words.model, LONGEST), PORT):  # anew: nothing of the check is in its cache
         rows = measure(ONE, native_turn, [PORT], warm, parts)
@@ -224,10 +277,7 @@ def main() -> None:
         "rows": rows,
         "ratio": {str(level): round(speed[ONE, level] / speed[TWO, level], 2) for level in levels},
     }
-    output = Path(words.output)
-    (output.parent / "figures").mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
-    draw(rows, output.parent / "figures" / f"{output.stem}.png")
+    write(result, Path(words.output), draw)
     print(f"Turns a second, ours over the pipeline's: {result['ratio']}")
 
 

@@ -143,12 +143,12 @@ def build_texts(
     model: NativeRetrievalModel, teacher: Teacher, texts: Sequence[str], name: str, typo_share: float = 0.0
 ) -> RetrievalExamples:
     """
-    Plain texts for the copy path's words: tokens without a chat template, the teacher's vector as the target.
+    Plain texts for the copy path's words: their tokens, without a chat template, and the teacher's vector as the target.
 
     Args:
         typo_share (`float`): how many of them follow once more with typos, towards the vector of the right spelling.
     """
-    sequences = model.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    sequences = model.encode_words(texts)
     keep = [i for i, sequence in enumerate(sequences) if sequence]
     targets = teacher.cached([texts[i] for i in keep], "query", f"Teacher: {name}", half_precision=True)
     sequences = [sequences[i] for i in keep]
@@ -156,7 +156,7 @@ def build_texts(
     again = rng.sample(range(len(keep)), int(typo_share * len(keep)))
     if again:
         misspelt = [with_typos(texts[keep[i]], rng) for i in again]
-        sequences += model.tokenizer(misspelt, add_special_tokens=False)["input_ids"]
+        sequences += model.encode_words(misspelt)
         targets = np.concatenate((targets, targets[again]))
     return RetrievalExamples(
         sequences, [1] * len(targets), targets, targets[:0], [[] for _ in sequences], name=name, mode="words"

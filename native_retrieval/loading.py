@@ -51,7 +51,8 @@ def load_model(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
     folder = model_folder(name_or_path)
     try:
         model = NativeRetrievalModel.from_pretrained(str(folder))
-        model.tokenizer  # noqa: B018, loaded when first read: a damaged one is found before the work begins
+        # Loaded when first read: a damaged one is found before the work begins.
+        model.tokenizer, model.teacher_tokenizer  # noqa: B018
     except Exception as error:  # of a damaged file, each library raises whatever its authors chose
         raise _not_loaded(name_or_path, error) from error
     if not model.config.teacher_fingerprint or not model.config.teacher_name_or_path:
@@ -86,5 +87,5 @@ def load_head(folder: str | os.PathLike) -> NativeRetrievalModel:
             "install the version that wrote it"
         )
     model._tokenizer_source = (str(folder), {})
-    model.tokenizer  # noqa: B018, read now, and not in the first request
+    model.tokenizer, model.teacher_tokenizer  # noqa: B018, read now, and not in the first request
     return model.eval()

@@ -77,13 +77,18 @@ class Teacher:
         return self.model.get_embedding_dimension()
 
     @property
+    def tokenizer(self):
+        """Its own: in these tokens the copy path reads a conversation."""
+        return self.model.tokenizer
+
+    @property
     def max_seq_length(self) -> int | None:
         """Tokens of a text that the teacher reads; the rest is cut off."""
         return self.model.max_seq_length
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, uncut."""
-        tokenizer = self.model.tokenizer
+        tokenizer = self.tokenizer
         if isinstance(tokenizer, Tokenizer):  # a static embedding's
             return len(tokenizer.encode(text).ids)
         return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])

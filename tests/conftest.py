@@ -59,6 +59,10 @@ SENTENCES = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--curve", metavar="FILE", help="where the memory test of the page writes its curve (JSON)")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keeps what tests load out of the user's own cache."""

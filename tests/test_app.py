@@ -1,9 +1,12 @@
 """examples/app.py in a real browser, with a tiny model; and the agent behind it."""
 
+import gc
 import importlib.util
+import json
 import shutil
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 from conftest import PLACES, REPOSITORY
@@ -163,18 +166,21 @@ def test_an_image_in_an_answer_is_fetched_from_nowhere(address):
         assert page.headers["content-security-policy"] == "img-src 'self' data: blob:"
 
 
-@pytest.mark.slow
-def test_two_hundred_users_at_once_some_of_whom_leave(address, parts):
-    """Each is answered rightly or told that the queue is full, one in three cancels; then the page goes on."""
+@pytest.fixture
+def users(address, parts):
+    """`users(count)`: that many page requests, 200 at once, one in three given up; how they ended, each in a word."""
     from concurrent.futures import ThreadPoolExecutor
 
     gradio_client = pytest.importorskip("gradio_client")
     model, _, index = parts
     questions = [f"When was {place} founded?" for place, *_ in PLACES]
     wanted = [index.documents[int(index.search(model.embed_query(q), 1)[1][0, 0])]["title"] for q in questions]
+    patient = {"verbose": False, "httpx_kwargs": {"timeout": 300}}
+    with ThreadPoolExecutor(8) as pool:
+        clients = list(pool.map(lambda _: gradio_client.Client(address, **patient), range(200)))
 
-    def ask(i: int, client) -> str:
-        job = client.submit(questions[i % 10], [], api_name="/turn")
+    def ask(i: int) -> str:
+        job = clients[i % 200].submit(questions[i % 10], [], api_name="/turn")
         if i % 3 == 0:
             time.sleep(0.05 * (i % 7))
             job.cancel()
@@ -185,14 +191,48 @@ def test_two_hundred_users_at_once_some_of_whom_leave(address, parts):
             return "full" if "full" in str(error).lower() else str(error)
         return "right" if job.outputs()[0][2]["data"][0][0] == wanted[i % 10] else "wrong"
 
-    with ThreadPoolExecutor(8) as pool:
-        patient = {"verbose": False, "httpx_kwargs": {"timeout": 300}}
-        clients = list(pool.map(lambda _: gradio_client.Client(address, **patient), range(200)))
-    with ThreadPoolExecutor(200) as pool:
-        answers = list(pool.map(ask, range(200), clients))
+    def run(count: int) -> list[str]:
+        with ThreadPoolExecutor(200) as pool:
+            return list(pool.map(ask, range(count)))
+
+    return run
+
+
+@pytest.mark.slow
+def test_two_hundred_users_at_once_some_of_whom_leave(users):
+    """Each is answered rightly or told that the queue is full, one in three cancels; then the page goes on."""
+    answers = users(200)
     assert set(answers) <= {"right", "full", "left"}, answers
     assert answers.count("right") >= 40
-    assert ask(1, clients[0]) == "right"
+    assert users(2)[1] == "right"
+
+
+@pytest.mark.slow
+def test_five_thousand_requests_leave_memory_where_it_was(users, request):
+    """`--curve FILE` writes what was seen; the clients live in this process too."""
+    import psutil
+
+    from benchmarks.load import draw, growth
+
+    rows, answers = [], []
+    for wave in range(1, 26):
+        answers += users(200)
+        gc.collect()
+        rows.append({"requests": 200 * wave, "rss_mb": psutil.Process().memory_info().rss // 10**6})
+    assert set(answers) <= {"right", "full", "left"}, set(answers)
+    result = {
+        "what": "requests to the page, every third given up",
+        "at_once": 200,
+        "requests": len(answers),
+        **{word: answers.count(word) for word in ("right", "full", "left")},
+        "wrong": answers.count("wrong"),
+        "growth_mb_second_half": growth(rows),
+        "rows": rows,
+    }
+    if curve := request.config.getoption("--curve"):
+        Path(curve).write_text(json.dumps(result, indent=1) + "\n")
+        draw(result, Path(curve).parent / "figures" / f"{Path(curve).stem}.png")
+    assert result["growth_mb_second_half"] < 0.05 * rows[0]["rss_mb"]
 
 
 @needs_browser

@@ -5,7 +5,7 @@ import random
 import pytest
 
 import train
-from benchmarks import ablation, robustness
+from benchmarks import ablation, left_out, robustness
 from modeling_native_retrieval import check_messages
 
 CONVERSATIONS = [
@@ -25,6 +25,16 @@ def test_every_row_of_an_ablation_is_a_recipe_of_its_own(name):
     assert len(seen) == len(rows) == len({row["name"] for row in rows}) >= 10
     for row in rows:
         train.parse(["configs/ablation.yaml", *ablation.words_of(row)])
+
+
+@pytest.mark.parametrize("name", ["qrecc", "doc2dial", "topiocqa_lead"])
+def test_what_is_left_out_is_trained_on_in_no_form(name):
+    words, source = left_out.without("configs/best.yaml", name, [])
+    _, data, _, _ = train.parse(words)
+    assert source.endswith(name)
+    for sources in (data.train_data, data.dev_data, data.plain_text):
+        assert sources and not any(name.split("_")[0] in other for other in sources)
+    assert len(data.train_weights) == len(data.train_data)
 
 
 @pytest.mark.parametrize("name", list(robustness.VARIANTS))

@@ -2,6 +2,7 @@ import copy
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONTEXT, FAMILIES, SPECIAL_TOKENS, StubTeacher
-from hypothesis import given, settings
+from conftest import CONTEXT, FAMILIES, SENTENCES, SPECIAL_TOKENS, StubTeacher
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
@@ -250,6 +252,86 @@ def test_the_copy_path_tells_turns_apart_from_the_newest(tiny_model: NativeRetri
         ids, weights = found.input_ids[0], found.attributions[0].abs()
         starts = (ids == tiny_model.tokenizer.bos_token_id).nonzero().flatten().tolist()
         assert weights[starts[-2] : starts[-1]].sum() > 0.99 * weights.sum() > 0
+
+
+# The teacher's own tokens
+
+
+class LowerCaseTeacher(StubTeacher):
+    """A teacher that spells words otherwise than the backbone: in lower case, and in pieces of at most three letters."""
+
+    def __init__(self):
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        letters = sorted({c for text in SENTENCES for c in text.lower() if not c.isspace()})
+        pieces = sorted(
+            {word[i : i + 3] for text in SENTENCES for word in text.lower().split() for i in range(len(word))}
+        )
+        vocabulary = dict.fromkeys(["[UNK]", *letters, *pieces, *(f"##{p}" for p in (*letters, *pieces))])
+        tokenizer.model = models.WordPiece({piece: i for i, piece in enumerate(vocabulary)}, unk_token="[UNK]")
+        tokenizer.enable_truncation(4)
+        super().__init__(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+
+
+@pytest.fixture(scope="module")
+def spelling_model(make_backbone, tiny_tokenizer: PreTrainedTokenizerFast) -> NativeRetrievalModel:
+    """Its copy path reads in another tokenizer's tokens than the backbone."""
+    fields = {"head_dim": 32, "head_num_attention_heads": 4, "copy_head_dim": 8}
+    return NativeRetrievalModel.from_backbone(
+        make_backbone("llama"), LowerCaseTeacher(), tokenizer=tiny_tokenizer, **fields
+    )
+
+
+@given(st.text(st.one_of(st.sampled_from("bridge Museum,é東🙂\n"), st.characters(codec="utf-8")), min_size=1))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_copy_path_reads_what_the_teacher_would(spelling_model: NativeRetrievalModel, text: str):
+    """Every text in the teacher's tokens, each at the backbone's token in which it ends."""
+    wanted = spelling_model.teacher_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    prompt = spelling_model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([[spelling_model.tokenizer.bos_token_id] * 2 + prompt])
+    words, places, mask, segments = spelling_model.words_of(ids, torch.ones_like(ids))
+    assert words[mask].tolist() == wanted["input_ids"]
+    ends = np.cumsum([len(spelling_model._spellings[i]) for i in prompt])
+    for place, (_, end) in zip(places[mask].tolist(), wanted["offset_mapping"], strict=True):
+        byte = len(text[:end].encode())
+        assert (ends[place - 3] if place > 2 else 0) < byte <= ends[place - 2]
+    assert not segments[mask].any()
+
+
+def test_the_teachers_tokens_do_not_reach_over_turns(spelling_model: NativeRetrievalModel):
+    conversation = [user("the brid"), assistant("ge was"), user("Bridge")]
+    ids, mask = spelling_model.pad(
+        [spelling_model.build_prompt(conversation), spelling_model.build_prompt(conversation[:1])]
+    )
+    words, places, mask, segments = spelling_model.words_of(ids, mask)
+    for row in range(2):
+        assert (segments[row].diff() <= 0).all() and (places[row].diff() >= 0).all()
+    turns = [words[0][mask[0] & (segments[0] == place)].tolist() for place in set(segments[0].tolist())]
+    for message in conversation:
+        text = f"{message['role']}\n{message['content']}"
+        assert spelling_model.encode_words([text])[0] in turns
+
+
+def test_a_word_is_the_same_however_the_backbone_spells_it(spelling_model: NativeRetrievalModel):
+    ids = [torch.tensor(spelling_model.encode_words([text])) for text in ("the Library", "THE  library")]
+    with torch.no_grad():
+        vectors = [spelling_model(row, words_only=True).query_embeddings for row in ids]
+    assert_close(*vectors)
+
+
+def test_the_teachers_tokenizer_is_saved_and_loaded(spelling_model: NativeRetrievalModel, tmp_path: Path):
+    spelling_model.save_pretrained(tmp_path)
+    loaded = NativeRetrievalModel.from_pretrained(tmp_path)
+    assert loaded.config.copy_vocab_size == len(spelling_model.teacher_tokenizer)
+    assert_close(loaded.embed_query(CONVERSATIONS), spelling_model.embed_query(CONVERSATIONS))
+    long = "the bridge of the museum"
+    assert (
+        loaded.encode_words([long]) == spelling_model.encode_words([long]) and len(loaded.encode_words([long])[0]) > 4
+    )
+    shutil.rmtree(tmp_path / "teacher_tokenizer")
+    with pytest.raises(OSError, match="teacher_tokenizer"):
+        NativeRetrievalModel.from_pretrained(tmp_path).embed_query(CONVERSATIONS)
 
 
 # Novelty: away from what has been said
