@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smoke test test-slow bench bench-quick serve-test faults mutations fuzz load audit readme lint format clean
+.PHONY: help install demo smoke test test-slow bench bench-quick serve-test serve-load faults mutations fuzz load audit readme lint format clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -83,17 +83,22 @@ $(VLLM_VENV)/.installed:
 serve-test: $(VLLM_VENV)/.installed ## Serve the model with vLLM (CPU build, 3 GB), and check 200 requests at once
 	@$(VLLM_VENV)/bin/python benchmarks/serving.py --model $(MODEL) --queries data/handwritten/queries.jsonl --check
 
+serve-load: $(VLLM_VENV)/.installed ## 5,000 requests to that server, every third given up: right vectors, and its memory
+	@$(VLLM_VENV)/bin/python benchmarks/serving.py --model $(MODEL) --queries data/handwritten/queries.jsonl --load 5000 \
+		--output results/load-serving.json
+
 faults: $(STAMP) ## Kill every step of the recipe at random moments, start it again, and compare (about 6 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kill.py --kills 64 --seed 0 --output results/faults.json
 
-mutations: $(STAMP) ## Break the code in 66 places, one at a time: does a test notice? (about 8 minutes)
+mutations: $(STAMP) ## Break the code in 76 places, one at a time: does a test notice? (about 9 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py --output results/mutations.json
 
 fuzz: $(STAMP) ## Ten minutes of damaged data files and recipes: nothing but our own errors
 	@$(BIN)/python tests/fuzz.py
 
-load: $(STAMP) ## 5,000 requests from 8 threads: right vectors, and memory that stays where it is
+load: $(STAMP) ## 5,000 requests from 8 threads, and as many to the page: right answers, and memory that stays where it is
 	@$(BIN)/python benchmarks/load.py --model $(MODEL) --queries data/handwritten/queries.jsonl --output results/load.json
+	@$(BIN)/python -m pytest -m slow tests/test_app.py -k five_thousand --curve results/load-page.json
 
 # --strict: a package that the advisories could not be asked about would otherwise count as one without any.
 audit: ## Look the pinned dependencies up in the public advisories (needs the network)

@@ -894,7 +894,7 @@ class NativeRetrievalModel(PreTrainedModel):
                 self._teacher_tokenizer = PreTrainedTokenizerFast.from_pretrained(
                     source, **hub | {"subfolder": subfolder}
                 )
-            except (OSError, ValueError) as error:
+            except Exception as error:  # of a damaged file, a plain one
                 raise OSError(
                     f"{TEACHER_TOKENIZER}, a folder that was saved beside the weights of {source}, is missing or damaged; "
                     "copy it again"

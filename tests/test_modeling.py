@@ -329,6 +329,9 @@ def test_the_teachers_tokenizer_is_saved_and_loaded(spelling_model: NativeRetrie
     assert (
         loaded.encode_words([long]) == spelling_model.encode_words([long]) and len(loaded.encode_words([long])[0]) > 4
     )
+    (tmp_path / "teacher_tokenizer" / "tokenizer.json").write_text('{"version": "1.0", ')
+    with pytest.raises(OSError, match="teacher_tokenizer"):
+        NativeRetrievalModel.from_pretrained(tmp_path).embed_query(CONVERSATIONS)
     shutil.rmtree(tmp_path / "teacher_tokenizer")
     with pytest.raises(OSError, match="teacher_tokenizer"):
         NativeRetrievalModel.from_pretrained(tmp_path).embed_query(CONVERSATIONS)
