@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import read_conversations
 from native_retrieval.loading import load_model
-from native_retrieval.report import environment
 
 WRONG_BELOW = 0.9999  # cosine
 LOOK_EVERY = 100  # requests between two looks at the memory
@@ -56,6 +55,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=8, help="that send them (default: %(default)s)")
     parser.add_argument("--output", required=True, help="the JSON file to write; a figure goes into figures/ beside it")
     arguments = parser.parse_args()
+
+    from native_retrieval.report import (
+        environment,
+    )  # here: vLLM's environment, which draws with this file, lacks its packages
+
     model = load_model(arguments.model)
     conversations = read_conversations(Path(arguments.queries))
     conversations = sorted(conversations, key=lambda messages: len(str(messages)))[:64]

@@ -140,8 +140,8 @@ MUTATIONS = [
     Mutation(
         "examples: gold targets",
         EXAMPLES,
-        "(1 - gold_share) * targets[alone] + gold_share * gold[alone]",
-        "targets[alone]",
+        "(1 - share) * targets + share * gold",
+        "targets",
         "trainer::test_the_target_of_a_query_without_a_rewrite_moves_towards_its_document",
     ),
     Mutation(
@@ -203,14 +203,14 @@ MUTATIONS = [
     Mutation(
         "copy path: special tokens are copied",
         MODEL,
-        "real & ~special & ~first",
-        "real & ~first",
+        "real & ~special & ~sink",
+        "real & ~sink",
         "modeling::test_attributions[llama-tied]",
     ),
     Mutation(
         "copy path: the attention sink is copied",
         MODEL,
-        "real & ~special & ~first",
+        "real & ~special & ~sink",
         "real & ~special",
         "modeling::test_the_attention_sink_is_not_copied",
     ),

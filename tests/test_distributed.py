@@ -78,7 +78,8 @@ def check_equal(one: list[dict], two: list[dict]) -> None:
         assert double["loss"].item() == pytest.approx(single["loss"].item(), rel=1e-4)
         assert single["gradients"].keys() == double["gradients"].keys() and single["gradients"]
         for name, gradient in single["gradients"].items():
-            scale = gradient.abs().max().clamp(min=1e-6)
+            # Of a gradient below 1e-3, what float32 rounds off the sums behind it is more than 1e-4.
+            scale = gradient.abs().max().clamp(min=1e-3)
             assert torch.allclose(double["gradients"][name] / scale, gradient / scale, atol=1e-4), name
 
 
