@@ -300,17 +300,16 @@ def test_the_copy_path_reads_what_the_teacher_would(spelling_model: NativeRetrie
 
 
 def test_the_teachers_tokens_do_not_reach_over_turns(spelling_model: NativeRetrievalModel):
-    conversation = [user("the brid"), assistant("ge was"), user("Bridge")]
-    ids, mask = spelling_model.pad(
-        [spelling_model.build_prompt(conversation), spelling_model.build_prompt(conversation[:1])]
-    )
+    """Without a line end between them, as some templates have none."""
+    tokenizer = spelling_model.tokenizer
+    turns = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the brid", "ge was it")]
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids, mask = spelling_model.pad([[start, start, *turns[0], end, *turns[1]], [start, start, *turns[1]]])
     words, places, mask, segments = spelling_model.words_of(ids, mask)
-    for row in range(2):
-        assert (segments[row].diff() <= 0).all() and (places[row].diff() >= 0).all()
-    turns = [words[0][mask[0] & (segments[0] == place)].tolist() for place in set(segments[0].tolist())]
-    for message in conversation:
-        text = f"{message['role']}\n{message['content']}"
-        assert spelling_model.encode_words([text])[0] in turns
+    wanted = spelling_model.encode_words(["the brid", "ge was it"])
+    assert words[0][mask[0]].tolist() == wanted[0] + wanted[1] and words[1][mask[1]].tolist() == wanted[1]
+    assert segments[0][mask[0]].tolist() == [1] * len(wanted[0]) + [0] * len(wanted[1])
+    assert (segments.diff() <= 0).all() and (places.diff() >= 0).all()
 
 
 def test_a_word_is_the_same_however_the_backbone_spells_it(spelling_model: NativeRetrievalModel):
@@ -324,6 +323,8 @@ def test_the_teachers_tokenizer_is_saved_and_loaded(spelling_model: NativeRetrie
     spelling_model.save_pretrained(tmp_path)
     loaded = NativeRetrievalModel.from_pretrained(tmp_path)
     assert loaded.config.copy_vocab_size == len(spelling_model.teacher_tokenizer)
+    ids, mask = loaded.pad([loaded.build_prompt(CONVERSATIONS[0])])
+    assert loaded.words_of(ids, mask)[2].sum() > 4  # more than the teacher itself reads
     assert_close(loaded.embed_query(CONVERSATIONS), spelling_model.embed_query(CONVERSATIONS))
     long = "the bridge of the museum"
     assert (
