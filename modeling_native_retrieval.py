@@ -35,6 +35,7 @@ from transformers import (
     __version__,
 )
 from transformers import initialization as init
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput, logging
 
@@ -180,13 +181,10 @@ def build_prompt(
         del messages[oldest : oldest + drop]
 
 
-def _spellings(tokenizer) -> list[bytes]:
-    """What each token stands for in a text, in UTF-8; of some it is a part of a character."""
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+def _spellings(tokenizer, tokens: list[str | None]) -> list[bytes]:
+    """What each of a tokenizer's tokens stands for in a text, in UTF-8; of some it is a part of a character."""
     if tokenizer.convert_tokens_to_string(["\u0120"]) == " ":  # GPT-2's spelling: a character for each byte
-        shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        hidden = [byte for byte in range(256) if byte not in shown]
-        byte_of = {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
         return [
             bytes(map(byte_of.get, token)) if all(map(byte_of.__contains__, token)) else token.encode()
             for token in (token or "" for token in tokens)
@@ -879,7 +877,7 @@ class NativeRetrievalModel(PreTrainedModel):
         pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self._line_end_ids = [i for i, s in enumerate(pieces) if s and ("\u010a" in s or "\n" in s or s == "<0x0A>")]
         unknown = max(0, self.config.text_config.get_text_config().vocab_size - len(tokenizer))
-        self._spellings = _spellings(tokenizer) + unknown * [b""]
+        self._spellings = _spellings(tokenizer, pieces) + unknown * [b""]
         self._tokenizer = tokenizer  # last: another thread that sees it finds the rest as well
 
     @property

@@ -56,9 +56,8 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="the JSON file to write; a figure goes into figures/ beside it")
     arguments = parser.parse_args()
 
-    from native_retrieval.report import (
-        environment,
-    )  # here: vLLM's environment, which draws with this file, lacks its packages
+    # Not above: serving.py draws with this file, and vLLM's environment lacks what it imports.
+    from native_retrieval.report import environment
 
     model = load_model(arguments.model)
     conversations = read_conversations(Path(arguments.queries))
