@@ -44,7 +44,7 @@ class NativeRetrievalConfig(PreTrainedConfig):
             through the backbone behind the prompt, with an adapter that acts on them alone.
         num_probe_tokens (`int`, defaults to 0): learned tokens of `"probe"` mode; 0 leaves the mode out.
         adapter_rank (`int`, defaults to 32): rank of the adapter (LoRA) of `"probe"` mode.
-        adapter_num_layers (`int`, defaults to 4):
+        adapter_num_layers (`int`, defaults to 2):
             How many of the backbone's layers it acts in, on every linear map: the last ones that are read. Each costs
             time in every query.
         num_context_tokens (`int`, defaults to 16): tokens that the head reads in `"context"` mode.
@@ -90,14 +90,14 @@ class NativeRetrievalConfig(PreTrainedConfig):
     query_mode: str = "context"
     num_probe_tokens: int = 0
     adapter_rank: int = 32
-    adapter_num_layers: int = 4
+    adapter_num_layers: int = 2
     num_context_tokens: int = 16
     query_prompt: str = "Search query:"
     max_query_tokens: int = 32
     max_prompt_tokens: int | None = None
 
     hidden_state_layers: list[int] | None = None
-    head_dim: int = 512
+    head_dim: int = 384
     head_num_layers: int = 1
     head_num_attention_heads: int = 8
     head_dropout: float = 0.1

@@ -311,12 +311,13 @@ class Novelty(nn.Module):
     taken away once for each of them. (Maximal marginal relevance, Carbonell and Goldstein 1998, in the query itself.)
     """
 
-    GATE_SCALE = 10.0  # as `CopyPath.BIAS_SCALE`: a gate is to open or close within an epoch
+    # A gate is to open or close within an epoch: no sooner, or it is shut for good before the head knows what to ask.
+    GATE_SCALE = 50.0
 
     def __init__(self, config: NativeRetrievalConfig):
         super().__init__()
-        self.turn_gate = nn.Linear(config.text_config.get_text_config().hidden_size, 1)
-        self.question_gate = nn.Linear(2 * config.head_dim, 1, bias=False)
+        self.turn_gate = ZeroLinear(config.text_config.get_text_config().hidden_size, 1)
+        self.question_gate = ZeroLinear(2 * config.head_dim, 1, bias=False)
         self.threshold = nn.Parameter(torch.empty(()))
         self.log_ridge = nn.Parameter(torch.empty(()))
 
@@ -403,7 +404,7 @@ class CopyPath(nn.Module):
         queries = self.query(summary).view(batch, self.num_heads, -1).float()
         queries = torch.einsum("bnd,ndh->bnh", queries, self.key) * self.key.shape[1] ** -0.5
         salience = self.BIAS_SCALE * self.token_salience(input_ids).squeeze(-1)
-        scores = torch.einsum("bnh,bth->bnt", queries, states) + salience[:, None]
+        scores = torch.einsum("bnh,bth->bnt", queries, self.dropout(states)) + salience[:, None]
         scores = scores + self.BIAS_SCALE * self.segment_bias(segments).transpose(1, 2)
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
         # A row with nothing to copy would otherwise spread its weight over padding.
@@ -416,16 +417,15 @@ class CopyPath(nn.Module):
         # Each turn by itself, its words weighted as in `words`. Turns stand in order, so each is a bag of neighbours.
         salience = salience.masked_fill(~mask, torch.finfo(salience.dtype).min)
         shares = (salience - salience.amax(1, keepdim=True)).exp() * mask
-        turns = self.NUM_SEGMENTS - 1 - segments
-        rows = self.NUM_SEGMENTS * torch.arange(batch, device=turns.device)[:, None]
+        count = int(segments.max()) + 1
+        turns = count - 1 - segments
+        rows = count * torch.arange(batch, device=turns.device)[:, None]
         starts = torch.searchsorted(
-            (turns + rows).flatten(), (rows + torch.arange(self.NUM_SEGMENTS, device=turns.device)).flatten()
+            (turns + rows).flatten(), (rows + torch.arange(count, device=turns.device)).flatten()
         )
         tokens = torch.arange(turns.numel(), device=turns.device)
         turn_words, turn_states = (
-            F.embedding_bag(ids, table, starts, per_sample_weights=shares.flatten(), mode="sum").view(
-                batch, self.NUM_SEGMENTS, -1
-            )
+            F.embedding_bag(ids, table, starts, per_sample_weights=shares.flatten(), mode="sum").view(batch, count, -1)
             for ids, table in ((input_ids.flatten(), self.token_values.weight), (tokens, states.flatten(0, 1)))
         )
         vectors, away = self.novelty(vectors, summary, turn_words, turn_states)
@@ -675,9 +675,7 @@ class NativeRetrievalModel(PreTrainedModel):
             init.zeros_(module.segment_bias.weight)
             init.zeros_(module.token_salience.weight)
         elif isinstance(module, Novelty):
-            init.zeros_(module.turn_gate.weight)
-            init.constant_(module.turn_gate.bias, -0.1)
-            init.zeros_(module.question_gate.weight)
+            init.constant_(module.turn_gate.bias, -1.0 / module.GATE_SCALE)
             init.constant_(module.threshold, 0.45)
             init.constant_(module.log_ridge, -1.0)
         elif isinstance(module, Probe):
@@ -1052,6 +1050,18 @@ class NativeRetrievalModel(PreTrainedModel):
         words, places, there = (part.to(device) for part in (words, places, there))
         return words, places, there & mask.gather(1, places), segments.gather(1, places)
 
+    def _reading_part(self) -> nn.Module:
+        """The backbone up to the last layer that is read, a view of it: those behind serve generation alone."""
+        base, depth = self.backbone.base_model, max(self.config.hidden_state_layers) + 1
+        # Its first pass is a whole one: in it transformers hooks the layers, and would hook those of each copy again.
+        hooked = getattr(base, "_output_capturing_hooks_installed", False)
+        if not hooked or depth >= getattr(base.config, "num_hidden_layers", 0):
+            return base
+        part = copy.copy(base)
+        part.config = copy.copy(base.config)
+        part.config.num_hidden_layers = depth
+        return part
+
     @torch.no_grad()
     def prefill(
         self,
@@ -1077,7 +1087,8 @@ class NativeRetrievalModel(PreTrainedModel):
             cache = QueryCache(self.backbone.config)
         past = cache.get_seq_length() if cache is not None else 0
         words = None if self.copy_path is None else self.words_of(input_ids, attention_mask)
-        output = self.backbone.base_model(
+        backbone = self._reading_part() if cache is None else self.backbone.base_model
+        output = backbone(
             input_ids=input_ids[:, past:],
             attention_mask=attention_mask,
             position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:],
@@ -1126,7 +1137,7 @@ class NativeRetrievalModel(PreTrainedModel):
         mask = torch.cat((prefill.attention_mask, prefill.attention_mask.new_ones(batch, count)), dim=1)
         passing = _PASSING.set(self.probe)
         try:
-            output = self.backbone.base_model(
+            output = self._reading_part()(
                 inputs_embeds=self.probe.embeddings.to(self.backbone.dtype).expand(batch, -1, -1),
                 attention_mask=mask,
                 position_ids=(mask.long().cumsum(1) - 1)[:, -count:],

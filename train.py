@@ -39,8 +39,6 @@ from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-NOVELTY_THRESHOLDS = (0.5, 0.45, 0.4, 0.35, 0.3)
-
 
 @dataclass
 class ModelArguments:
@@ -58,7 +56,7 @@ class ModelArguments:
     num_context_tokens: int = field(default=16, metadata={"help": "Last prompt tokens that the head reads."})
     num_probe_tokens: int = field(default=0, metadata={"help": "Learned tokens of the probe mode; 0 leaves it out."})
     adapter_rank: int = field(default=32, metadata={"help": "Rank of the adapter that acts on the probe alone."})
-    adapter_num_layers: int = field(default=4, metadata={"help": "Layers that it acts in, the last that are read."})
+    adapter_num_layers: int = field(default=2, metadata={"help": "Layers that it acts in, the last that are read."})
     max_query_tokens: int = field(default=32, metadata={"help": "Longest written query, in tokens."})
     max_prompt_tokens: int | None = field(default=1024, metadata={"help": "Longest prompt; older turns are dropped."})
     hidden_state_layers: list[int] | None = field(default=None, metadata={"help": "Layers read (default: five)."})
@@ -211,9 +209,15 @@ def parse(argv: list[str]):
     for argument in argv:
         if argument.startswith("--"):
             _known(argument[2:].split("=")[0].removeprefix("no_"), fields, "command line")
-    *parsed, unused = parser.parse_args_into_dataclasses(
-        _as_arguments(recipe) + argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        *parsed, unused = parser.parse_args_into_dataclasses(
+            _as_arguments(recipe) + argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except OSError as error:  # transformers takes a field that is no mapping for the name of a JSON file
+        raise ValueError(
+            f"{error.filename!r}, which a field names, cannot be read ({error.strerror}); give an existing JSON file, or the "
+            "mapping itself"
+        ) from error
     if unused:
         raise ValueError(f"{unused[0]!r} belongs to no field; see `python train.py --help`")
     return tuple(parsed)
@@ -357,23 +361,6 @@ def train_only(*parts, of) -> None:
     for part in parts:
         if part is not None:
             part.requires_grad_(True)
-
-
-def choose_novelty_threshold(trainer) -> float:
-    """
-    Sets the cosine from which on a vector is turned away from a turn to the best on dev, beside the one that was learned,
-    and returns it: the losses see single documents, and not who comes first in the index.
-    """
-    novelty = trainer.accelerator.unwrap_model(trainer.model).copy_path.novelty
-    metric = f"eval_{trainer.args.metric_for_best_model.removeprefix('eval_')}"
-    found, logged = {}, len(trainer.state.log_history)
-    for threshold in (novelty.threshold.item(), *NOVELTY_THRESHOLDS):
-        novelty.threshold.data.fill_(threshold)
-        found[threshold] = trainer.evaluate()[metric]
-    del trainer.state.log_history[logged:]  # the card shows what was trained, and then what was chosen
-    best = max(found, key=found.get)
-    novelty.threshold.data.fill_(best)
-    return best
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -593,8 +580,6 @@ def run(argv: list[str], held: ExitStack) -> None:
     )
     trainer.train(resume_from_checkpoint=resume)
     if trainer.eval_dataset is not None:
-        if training_args.load_best_model_at_end and model.copy_path is not None and not trainer.is_fsdp_enabled:
-            print(f"Novelty: away from turns over a cosine of {choose_novelty_threshold(trainer):.2f}", flush=True)
         trainer.log_metrics("dev", trainer.evaluate())
 
     if probe_parts:

@@ -340,6 +340,7 @@ ROWS = [
     recipe("a misspelt field", "learnin_rate: 1", "bad.yaml", "'learnin_rate'", "did you mean learning_rate?"),
     recipe("a mapping for a value", "backbone: {name: x}", "backbone holds {'name': 'x'}", "give a value"),
     recipe("a word for a number", "head_dim: wide", "head_dim", "'wide'", "int"),
+    recipe("a word for a mapping", "accelerator_config: nowhere", "'nowhere'", "the mapping itself"),
     recipe("a flag in a list", "train_data: [data, --resume]", "train_data holds '--resume'", "give a value"),
     # eval.py
     evaluate("--modle x", "--modle", "did you mean --model?"),

@@ -264,10 +264,17 @@ MUTATIONS = [
         "modeling::test_a_turn_said_twice_is_not_taken_away_twice",
     ),
     Mutation(
+        "the part that is read is a layer short",
+        MODEL,
+        "max(self.config.hidden_state_layers) + 1",
+        "max(self.config.hidden_state_layers)",
+        "modeling::test_layers_behind_the_last_one_read_run_for_generation_alone",
+    ),
+    Mutation(
         "novelty: turns are mixed up",
         MODEL,
-        "turns = self.NUM_SEGMENTS - 1 - segments",
-        "turns = self.NUM_SEGMENTS - 1 - segments.clamp(max=1)",
+        "turns = count - 1 - segments",
+        "turns = count - 1 - segments.clamp(max=1)",
         "modeling::test_turns_are_told_apart",
     ),
     Mutation(

@@ -203,6 +203,28 @@ def test_states_computed_before_give_the_same_vectors(model: NativeRetrievalMode
     assert torch.equal(model(ids, mask, hidden_states=states).query_embeddings, wanted)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_behind_the_last_one_read_run_for_generation_alone(make_model, family: str):
+    model = make_model(family, hidden_state_layers=[1, 2])
+    blocks = [m for name, m in model.backbone.base_model.named_modules() if name.endswith(".3")]
+    runs = []
+    handle = blocks[0].register_forward_hook(lambda *_: runs.append(1))
+    modes = ("context", "probe")
+    whole = {mode: model.embed_query(CONVERSATIONS, mode=mode) for mode in modes}
+    assert runs
+    for mode in modes:
+        assert torch.equal(model.embed_query(CONVERSATIONS, mode=mode), whole[mode])
+    runs.clear()
+    model.embed_query(CONVERSATIONS, mode="context")
+    assert bool(runs) == (family == "gpt2")  # whose layers cannot be cut off
+    handle.remove()
+    prompt = torch.tensor([model.build_prompt(CONVERSATIONS[0])])
+    with torch.no_grad():
+        states = model.backbone(prompt, output_hidden_states=True).hidden_states
+    read = model.prefill(prompt, use_cache=False).hidden_states
+    assert len(states) == 5 and all(torch.equal(read[:, :, i], states[layer]) for i, layer in enumerate((1, 2)))
+
+
 def test_states_of_other_tokens_are_refused(tiny_model: NativeRetrievalModel):
     ids = torch.tensor([prompts_of(tiny_model)[0]])
     states = tiny_model.prefill(ids).hidden_states
