@@ -318,8 +318,8 @@ class Novelty(nn.Module):
         super().__init__()
         self.turn_gate = ZeroLinear(config.text_config.get_text_config().hidden_size, 1)
         self.question_gate = ZeroLinear(2 * config.head_dim, 1, bias=False)
-        self.threshold = nn.Parameter(torch.empty(()))
-        self.log_ridge = nn.Parameter(torch.empty(()))
+        self.threshold = nn.Parameter(torch.empty(1))  # FSDP2 takes no scalars
+        self.log_ridge = nn.Parameter(torch.empty(1))
 
     def forward(
         self, vectors: torch.Tensor, summary: torch.Tensor, turn_words: torch.Tensor, turn_states: torch.Tensor

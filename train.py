@@ -631,6 +631,11 @@ def command(argv: list[str]) -> int:
             raise
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+    import torch
+
+    if torch.distributed.is_initialized():  # its threads may abort a process that ends before them
+        torch.distributed.destroy_process_group()
     return 0
 
 

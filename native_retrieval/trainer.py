@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,11 @@ class NativeRetrievalTrainer(Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         """As in transformers, with a learning rate of their own for the vectors of the vocabulary."""
+        for parameter in self.model.parameters():
+            # accelerate tells the parameters of a model that a stage before has sharded by their addresses, and a shard that
+            # is empty on this device has none.
+            if isinstance(parameter, DTensor) and not parameter._local_tensor.numel():
+                parameter._local_tensor.data_ptr = partial(id, parameter)
         optimizer = super().create_optimizer(*args, **kwargs)
         copy_path = self.accelerator.unwrap_model(self.model).copy_path
         tokens = [] if copy_path is None else [copy_path.token_values.weight, copy_path.token_salience.weight]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 # Before anything of Hugging Face is imported, which reads it once. A test that reaches for the network fails.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: threads of several would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -91,3 +91,5 @@ for name, (count, (alignment, contrastive, rank)) in json.loads(cases).items():
     main_process = trainer.is_world_process_zero()
 if main_process:
     torch.save(result, output)
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
