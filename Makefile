@@ -59,7 +59,7 @@ bench: $(STAMP) ## Measure speed: query path, turn, throughput, training, index 
 
 bench-quick: BENCH_DIR = .cache/bench
 bench-quick: $(STAMP) ## The query path, the turn and a small index, in three minutes, into .cache/bench
-	@$(BIN)/python benchmarks/latency.py --model $(MODEL) --index $(INDEX) --lengths 64 256 --dtypes bfloat16 \
+	@$(BIN)/python benchmarks/latency.py --model $(MODEL) --index $(INDEX) --lengths 64 256 \
 		--rounds 10 --output $(BENCH_DIR)/bench-latency.json
 	@$(BIN)/python benchmarks/turn.py --model $(MODEL) --index $(INDEX) --lengths 256 --rounds 3 \
 		--output $(BENCH_DIR)/bench-turn.json

@@ -60,7 +60,7 @@ class ModelArguments:
     max_query_tokens: int = field(default=32, metadata={"help": "Longest written query, in tokens."})
     max_prompt_tokens: int | None = field(default=1024, metadata={"help": "Longest prompt; older turns are dropped."})
     hidden_state_layers: list[int] | None = field(default=None, metadata={"help": "Layers read (default: five)."})
-    head_dim: int = field(default=512, metadata={"help": "Width of the head's transformer encoder."})
+    head_dim: int = field(default=384, metadata={"help": "Width of the head's transformer encoder."})
     head_num_layers: int = field(default=1, metadata={"help": "Its layers."})
     head_num_attention_heads: int = field(default=8, metadata={"help": "Its attention heads."})
     head_dropout: float = field(default=0.1, metadata={"help": "Dropout in the head."})

@@ -55,6 +55,7 @@ def loss_rows() -> list[dict]:
 def part_rows() -> list[dict]:
     rows = [
         ("as the recipe has it", {}),
+        ("layers 3 to 21 of 30, not 4 to 27", {"hidden_state_layers": [3, 8, 12, 17, 21], "copy_layer": 12}),
         ("no stage a (words)", {"word_epochs": 0}),
         ("no copy path: the paper's head", {"copy_num_heads": 0}),
         ("no linear skip path", {"head_skip": "false"}),

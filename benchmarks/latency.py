@@ -27,7 +27,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from modeling_native_retrieval import Probe
+from modeling_native_retrieval import Probe, processor_has_bfloat16
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex
 from native_retrieval.loading import load_model
@@ -40,6 +40,7 @@ TOP_K = 10
 # of repeated text runs on.
 QUERY_TOKENS = 12
 DTYPES = ("bfloat16", "float32")
+COMPUTED = DTYPES if torch.cuda.is_available() or processor_has_bfloat16() else ("float32",)
 TEXT = (
     "The lighthouse stands on the northern cape and was first lit in 1874, after two ships had been lost in one winter. Its "
     "keeper lived there with his family until the lamp became electric, and the house is now a small museum of the coast. "
@@ -273,7 +274,13 @@ def main() -> None:
     parser.add_argument("--index", required=True, help="index directory of its teacher")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024, 4096], help="prompt tokens")
     parser.add_argument("--rounds", type=int, default=30, help="timed rounds a length (default: %(default)s)")
-    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=DTYPES, help="of the backbone (default: both)")
+    parser.add_argument(
+        "--dtypes",
+        choices=DTYPES,
+        nargs="+",
+        default=COMPUTED,
+        help="of the backbone (default: those the processor has)",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--output", required=True, help="the JSON file to write; a figure goes into figures/ beside it")
     arguments = parser.parse_args()

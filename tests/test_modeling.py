@@ -22,6 +22,7 @@ from conftest import CONTEXT, FAMILIES, SENTENCES, SPECIAL_TOKENS, StubTeacher
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -970,7 +971,7 @@ def test_saving_and_loading_twice_changes_nothing(make_model: Callable[..., Nati
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"dtype": torch.float32}]
+    "arguments", [{"dtype": "auto"}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"dtype": torch.float32}]
 )
 def test_large_maps_have_the_backbones_precision_and_vectors_agree(
     arguments: dict[str, Any],
@@ -983,7 +984,7 @@ def test_large_maps_have_the_backbones_precision_and_vectors_agree(
     take_steps(model, steps=1)
     model.save_pretrained(tmp_path)
     loaded = NativeRetrievalModel.from_pretrained(tmp_path, **arguments)
-    wanted = arguments.get("dtype", torch.bfloat16)
+    wanted = torch.bfloat16 if arguments["dtype"] == "auto" else arguments["dtype"]
     summed = tuple(f"copy_path.{name}" for name in ("key", "segment_bias", "token_", "gain", "novelty"))
     for name, parameter in loaded.named_parameters():
         assert parameter.dtype == (torch.float32 if name.startswith(summed) else wanted), name
@@ -993,6 +994,35 @@ def test_large_maps_have_the_backbones_precision_and_vectors_agree(
         assert vectors.dtype == torch.float32
         cosines = (vectors * model.embed_query(CONVERSATIONS, mode=mode)).sum(1)
         assert (cosines > 0.999).all(), (mode, cosines)
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_a_processor_without_bfloat16_computes_in_float32_and_saves_what_it_was_given(
+    has_bfloat16: bool,
+    make_backbone: Callable[..., PreTrainedModel],
+    stub_teacher: StubTeacher,
+    tiny_tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(modeling_native_retrieval, "processor_has_bfloat16", lambda: has_bfloat16)
+    wanted = torch.bfloat16 if has_bfloat16 or torch.accelerator.is_available() else torch.float32
+    backbone = make_backbone("llama", dtype=torch.bfloat16)
+    backbone.save_pretrained(tmp_path / "backbone")
+    tiny_tokenizer.save_pretrained(tmp_path / "backbone")
+    model = NativeRetrievalModel.from_backbone(str(tmp_path / "backbone"), stub_teacher)
+    assert model.backbone.dtype == wanted
+    before = model.embed_query(CONVERSATIONS)
+    model.save_pretrained(tmp_path / "saved")
+    assert model.backbone.dtype == wanted and torch.equal(model.embed_query(CONVERSATIONS), before)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    for name, weight in backbone.state_dict().items():
+        if f"backbone.{name}" in saved:  # of tied weights, one
+            assert torch.equal(saved[f"backbone.{name}"], weight), name
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+    loaded = NativeRetrievalModel.from_pretrained(tmp_path / "saved")
+    assert loaded.backbone.dtype == loaded.head.linear_in.weight.dtype == wanted
+    assert ((loaded.embed_query(CONVERSATIONS) * before).sum(1) > 0.999).all()
 
 
 def test_the_head_alone_takes_hidden_states(make_model: Callable[..., NativeRetrievalModel], tmp_path: Path):

@@ -1,6 +1,7 @@
 """The Trainer: what it optimises, logs, keeps and resumes; and train.py from the command line."""
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoModel
 
 import train
+from configuration_native_retrieval import NativeRetrievalConfig
 from native_retrieval.data import load_task
 from native_retrieval.examples import build_examples, build_texts, collate, turned_away
 from native_retrieval.losses import alignment_loss, contrastive_loss
@@ -527,3 +529,12 @@ def test_data_sets_are_seen_as_often_as_their_weights_say(stub_training, backbon
 def test_shipped_recipes_parse():
     for recipe in ("demo", "qrecc", "best", "paper", "ablation"):
         train.parse([f"configs/{recipe}.yaml", *(["--bf16", "false"] if recipe == "paper" else [])])
+
+
+def test_a_recipe_starts_from_the_configurations_own_defaults():
+    ours = {field.name: field.default for field in dataclasses.fields(train.ModelArguments)}
+    theirs = {field.name: field.default for field in dataclasses.fields(NativeRetrievalConfig)}
+    shared = (ours.keys() & theirs.keys()) - {
+        "max_prompt_tokens"
+    }  # training takes shorter prompts than the backbone may
+    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
