@@ -79,7 +79,7 @@ class EvalArguments:
     split: str = field(default="test", metadata={"help": "The split: the name of a file in qrels/."})
     index: str | None = field(
         default=None,
-        metadata={"help": "Index directory of the data's corpus; built, and kept in cache_dir, if absent."},
+        metadata={"help": "Index directory of the data's corpus; without it, one is built and kept in cache_dir."},
     )
     methods: list[str] = field(
         default_factory=lambda: list(METHODS),
@@ -88,7 +88,7 @@ class EvalArguments:
     teacher: str | None = field(
         default=None, metadata={"help": "Embedding model of the index, by name or path; the model's own if absent."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Prompts after which the backbone writes at once."})
+    batch_size: int = field(default=32, metadata={"help": "Prompts for which queries are written in one batch."})
     latency_queries: int = field(
         default=30, metadata={"help": "Queries to time, evenly spaced over the split; 0 times none."}
     )

@@ -530,12 +530,6 @@ def _float32_is_faster() -> bool:
     return not torch.accelerator.is_available() and not processor_has_bfloat16()
 
 
-def _set_precision(module: nn.Module, dtype: torch.dtype) -> None:
-    """Of the weights alone: `module.to` would round the rotary frequencies as well."""
-    for weight in module.parameters():
-        weight.data = weight.data.to(dtype)
-
-
 @dataclass
 class NativeRetrievalOutput(ModelOutput):
     """
@@ -562,8 +556,9 @@ class QueryCache(DynamicCache):
     taken at any point without a second pass. It grows by a quarter for that.
     """
 
-    def __init__(self, config):
-        super().__init__(config=config)
+    def __init__(self, config: NativeRetrievalConfig):
+        super().__init__(config=config.text_config)
+        self.hidden_state_layers = config.hidden_state_layers
         self.activate_past_recording()  # sliding windows could not be cropped otherwise
         self._padding: torch.Tensor | None = None  # the mask of the tokens up to the last prefill; later ones are real
         self._recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -612,10 +607,10 @@ def _keep_states(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, d
     return args, kwargs
 
 
-def _record_states(layers: list[int], module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+def _record_states(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, QueryCache):
-        hidden_states = torch.stack([output.hidden_states[i] for i in layers], dim=2)
+        hidden_states = torch.stack([output.hidden_states[i] for i in cache.hidden_state_layers], dim=2)
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if input_ids is None:  # a probe's embeddings are no tokens
             input_ids = torch.full(hidden_states.shape[:2], -1, device=hidden_states.device)
@@ -630,7 +625,6 @@ class Prefill(ModelOutput):
     attention_mask: torch.LongTensor | None = None
     hidden_states: torch.FloatTensor | None = None  # (batch, tokens, layers, hidden_size)
     past_key_values: Any = None
-    words: tuple[torch.Tensor, ...] | None = None  # of `words_of`
 
 
 class NativeRetrievalModel(PreTrainedModel):
@@ -675,7 +669,7 @@ class NativeRetrievalModel(PreTrainedModel):
         self._hook_backbone()
         if not config.store_backbone:
             self._keys_to_ignore_on_load_missing = [r"^backbone\."]
-        self._widened = False  # whether the backbone's weights, of bfloat16, are in float32 here
+        self._stored_dtype: torch.dtype | None = None  # of a backbone that computes in float32 instead
         self._tokenizer = self._teacher_tokenizer = None
         self._tokenizer_source: tuple[str, dict] | None = None
         self.post_init()
@@ -708,7 +702,7 @@ class NativeRetrievalModel(PreTrainedModel):
         base = self.backbone.base_model
         if _keep_states not in base._forward_pre_hooks.values():
             base.register_forward_pre_hook(_keep_states, with_kwargs=True)
-            base.register_forward_hook(partial(_record_states, self.config.hidden_state_layers), with_kwargs=True)
+            base.register_forward_hook(_record_states, with_kwargs=True)
         if self.probe is None:
             return
         for name, layer in _adapted_layers(self.config, self.backbone):
@@ -735,7 +729,7 @@ class NativeRetrievalModel(PreTrainedModel):
         Raises:
             `ValueError`: for a tokenizer larger than the backbone's embeddings, or a bad field.
         """
-        known, widened = {field.name for field in fields(NativeRetrievalConfig)}, False
+        known, stored_dtype = {field.name for field in fields(NativeRetrievalConfig)}, None
         for name in config_fields:
             if name not in known:
                 near = get_close_matches(name, known, n=1)
@@ -750,9 +744,9 @@ class NativeRetrievalModel(PreTrainedModel):
                 reason = " ".join(str(error).split())
                 raise OSError(f"backbone {source!r} (revision {revision}) cannot be loaded: {reason}") from error
             config_fields.setdefault("backbone_name_or_path", source)
-            if {weight.dtype for weight in backbone.parameters()} == {torch.bfloat16} and _float32_is_faster():
-                _set_precision(backbone, torch.float32)
-                widened = True
+            halves = {weight.dtype for weight in backbone.parameters()} <= {torch.bfloat16, torch.float16}
+            if halves and getattr(backbone, "hf_quantizer", None) is None and _float32_is_faster():
+                stored_dtype, backbone = backbone.dtype, backbone.float()
         else:
             source = backbone.name_or_path
         if tokenizer is None:
@@ -795,7 +789,7 @@ class NativeRetrievalModel(PreTrainedModel):
         text_config = copy.deepcopy(backbone.config)
         config = NativeRetrievalConfig(text_config=text_config, dtype=backbone.dtype, **config_fields)
         model = cls(config, backbone=backbone)
-        model._widened, model.tokenizer, model._teacher_tokenizer = widened, tokenizer, teacher_tokenizer
+        model._stored_dtype, model.tokenizer, model._teacher_tokenizer = stored_dtype, tokenizer, teacher_tokenizer
         for part in (model.head, model.copy_path, model.probe):
             if part is not None:
                 part.float()
@@ -815,15 +809,18 @@ class NativeRetrievalModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers; but without a `dtype`, a processor that lacks bfloat16 computes in float32."""
-        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None and _float32_is_faster():
-            kwargs["dtype"] = torch.float32
+        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
         if kwargs.get("config") is None and os.path.isdir(pretrained_model_name_or_path):
             path = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder", ""), "config.json")
             if not os.path.isfile(path):  # transformers would build a default model of several billion weights
                 raise OSError(f"{path} does not exist; give the directory of a saved NativeRetrievalModel")
+        stored_dtype = None
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None and _float32_is_faster():
+            config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+            stored_dtype, kwargs["dtype"] = config.dtype, torch.float32
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
+        model._stored_dtype = stored_dtype
         model._tokenizer_source = (str(pretrained_model_name_or_path), hub)
         trained_with = model.config.transformers_version or __version__
         if trained_with.split(".")[0] != __version__.split(".")[0]:
@@ -836,7 +833,11 @@ class NativeRetrievalModel(PreTrainedModel):
             source, revision = model.config.backbone_name_or_path, model.config.backbone_revision
             try:
                 weights = AutoModelForCausalLM.from_pretrained(
-                    source, revision=revision, dtype=model.backbone.dtype, **hub
+                    source,
+                    revision=revision,
+                    dtype=model.backbone.dtype,
+                    attn_implementation=model.backbone.config._attn_implementation,
+                    **hub,
                 )
             except OSError as error:
                 raise OSError(
@@ -856,21 +857,30 @@ class NativeRetrievalModel(PreTrainedModel):
         As in transformers; writes the tokenizer and the backbone's generation settings too, and leaves the backbone's
         weights out if `config.store_backbone` says. Those are written in the precision that they came in.
         """
+        if kwargs.pop("push_to_hub", False):  # transformers would push before the tokenizers are written
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            hub = ("commit_message", "private", "token", "revision", "create_pr")
+            hub = {name: kwargs.pop(name) for name in hub if name in kwargs}
+            self.save_pretrained(save_directory, *args, **kwargs)
+            return self.push_to_hub(repo_id, **hub)
         if not self.config.store_backbone:
             state = kwargs.pop("state_dict", None) or self.state_dict()
             kwargs["state_dict"] = {k: v for k, v in state.items() if not k.startswith("backbone.")}
+        elif self._stored_dtype is not None:
+            state, stored = kwargs.pop("state_dict", None) or self.state_dict(), {}
+            kwargs["state_dict"] = {  # by address: tied weights stay one
+                k: stored.setdefault(v.data_ptr(), v.to(self._stored_dtype)) if k.startswith("backbone.") else v
+                for k, v in state.items()
+            }
         # Whichever of the two classes is saved, the repository loads as both.
         self.config.auto_map = {
             model_class._auto_class: f"modeling_native_retrieval.{model_class.__name__}"
             for model_class in (NativeRetrievalModel, NativeRetrievalForCausalLM)
         }
-        if self._widened and kwargs.get("state_dict") is None:
-            _set_precision(self.backbone, torch.bfloat16)
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            if self._widened:
-                _set_precision(self.backbone, torch.float32)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self._stored_dtype is not None:
+            self.config.dtype = self._stored_dtype
+            self.config.save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
         if self.teacher_tokenizer is not None:
             self.teacher_tokenizer.save_pretrained(os.path.join(save_directory, TEACHER_TOKENIZER))
@@ -942,6 +952,7 @@ class NativeRetrievalModel(PreTrainedModel):
         the cache shares with `input_ids` do not pass again; the cache goes on recording, so that `embed_query` can take
         a vector at any later point.
         """
+        input_ids = kwargs.pop("inputs", input_ids)  # transformers' own name for them
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, QueryCache) or input_ids is None:
             return self.backbone.generate(input_ids, **kwargs)
@@ -973,7 +984,6 @@ class NativeRetrievalModel(PreTrainedModel):
         words_only: bool = False,
         use_probe: bool = False,
         probe_states: torch.Tensor | None = None,
-        words: tuple[torch.Tensor, ...] | None = None,
     ) -> NativeRetrievalOutput:
         """
         Prompts to query vectors. Gradients never reach the backbone's weights, nor anything through the prompt.
@@ -989,7 +999,6 @@ class NativeRetrievalModel(PreTrainedModel):
             use_probe (`bool`): also pass the probe's tokens through the backbone, behind the prompts.
             probe_states (`(batch, num_probe_tokens, layers, hidden_size)`, *optional*): from [`pass_probe`], when that
                 has been done.
-            words (*optional*): from [`words_of`], likewise.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -1001,7 +1010,7 @@ class NativeRetrievalModel(PreTrainedModel):
             )
         if use_probe and probe_states is None:
             prefill = self.prefill(input_ids, attention_mask)
-            hidden_states, words, probe_states = prefill.hidden_states, prefill.words, self.pass_probe(prefill)
+            hidden_states, probe_states = prefill.hidden_states, self.pass_probe(prefill)
         if hidden_states is None:
             hidden_states = self.prefill(input_ids, attention_mask, use_cache=False).hidden_states
         if hidden_states.shape[:2] != input_ids.shape:
@@ -1029,7 +1038,7 @@ class NativeRetrievalModel(PreTrainedModel):
 
         attributions = None
         if self.copy_path is not None:
-            ids, places, mask, segments = words or self.words_of(input_ids, attention_mask)
+            ids, places, mask, segments = self.words_of(input_ids, attention_mask)
             states = hidden_states[:, :, self.config.hidden_state_layers.index(self.config.copy_layer)]
             states = states[torch.arange(len(places), device=places.device)[:, None], places].float()
             vectors, weights = self.copy_path(vectors, summary, states, ids, mask, segments)
@@ -1054,6 +1063,7 @@ class NativeRetrievalModel(PreTrainedModel):
             the ids of these, the place of the prompt's token in which each ends, which of them may be copied, and how many
             special tokens follow each in the prompt, all `(batch, words)`.
         """
+        self.tokenizer  # noqa: B018, read first: loading it sets the special tokens
         device, real = input_ids.device, attention_mask.bool()
         special = torch.isin(input_ids, torch.tensor(self._special_ids, device=device)) & real
         segments = special.flip(1).cumsum(1).flip(1)
@@ -1112,9 +1122,8 @@ class NativeRetrievalModel(PreTrainedModel):
             )
         cache = past_key_values
         if cache is None and use_cache:
-            cache = QueryCache(self.backbone.config)
+            cache = QueryCache(self.config)
         past = cache.get_seq_length() if cache is not None else 0
-        words = None if self.copy_path is None else self.words_of(input_ids, attention_mask)
         backbone = self._reading_part() if cache is None else self.backbone.base_model
         output = backbone(
             input_ids=input_ids[:, past:],
@@ -1126,9 +1135,9 @@ class NativeRetrievalModel(PreTrainedModel):
         )
         if cache is None:
             hidden_states = torch.stack([output.hidden_states[i] for i in self.config.hidden_state_layers], dim=2)
-            return Prefill(input_ids, attention_mask, hidden_states, words=words)
+            return Prefill(input_ids, attention_mask, hidden_states)
         cache._padding = attention_mask
-        return Prefill(*cache.recorded(), cache, words)
+        return Prefill(*cache.recorded(), cache)
 
     def _go_on(self, cache: QueryCache, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, QueryCache]:
         """
@@ -1147,7 +1156,7 @@ class NativeRetrievalModel(PreTrainedModel):
             rest.append(prompt[count:])
         known = known[:, : int(known.any(0).nonzero().max()) + 1 if known.any() else 0]
         if not known.shape[1] or not cache.cut(known):
-            return *self.pad(prompts), QueryCache(self.backbone.config)
+            return *self.pad(prompts), QueryCache(self.config)
         more, more_mask = self.pad(rest)
         return (
             torch.cat((input_ids[:, : known.shape[1]], more), dim=1),
@@ -1237,7 +1246,6 @@ class NativeRetrievalModel(PreTrainedModel):
             readout_mask,
             prefill.hidden_states,
             probe_states=probe_states,
-            words=prefill.words,
         )
         output.query_ids = queries
         return output
@@ -1355,15 +1363,19 @@ class NativeRetrievalModel(PreTrainedModel):
             attention_mask[row, width - len(prompt) :] = 1
         return input_ids.to(self.backbone.device), attention_mask.to(self.backbone.device)
 
-    @staticmethod
-    def _without_padding(input_ids: torch.Tensor, cache: QueryCache | None) -> list[list[int]]:
-        """Rows of token ids; what a cache knows to be padding is left out."""
+    def _without_padding(self, input_ids: torch.Tensor, cache: QueryCache | None) -> list[list[int]]:
+        """Rows of token ids; what a cache knows to be padding is left out, and what `generate` has put behind a row's end."""
         mask = torch.ones_like(input_ids)
         if cache is not None:
             padding = cache.recorded()[1][:, : input_ids.shape[1]]
             if len(padding) == len(mask):
                 mask[:, : padding.shape[1]] = padding
-        return [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+        rows = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        for row in rows:
+            while len(row) > 1 and row[-1] == pad and (pad != end or row[-2] == pad):
+                row.pop()
+        return rows
 
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id

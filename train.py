@@ -4,10 +4,8 @@ Train a query head for your language model and your index.
 
 The recipe is a YAML file; any field in it can be set on the command line too, which then wins.
 
-    # ten minutes on a laptop: what `make demo` runs
-    accelerate launch train.py configs/demo.yaml
-
-    # your own conversations (BEIR layout with messages), your backbone, your index's embedding model
+    # your own conversations (BEIR layout with messages), your backbone, your index's embedding model, by the recipe of
+    # `make demo`; without a GPU `accelerate launch --cpu --num_processes 1`, or it takes one thread
     accelerate launch train.py configs/demo.yaml \
         --backbone Qwen/Qwen3-0.6B \
         --teacher BAAI/bge-small-en-v1.5 \
@@ -16,11 +14,11 @@ The recipe is a YAML file; any field in it can be set on the command line too, w
         --plain_text my_logs \
         --output_dir outputs/mine
 
-    # go on after an interruption
-    accelerate launch train.py configs/demo.yaml --resume
+    # after an interruption, the same command goes on with --resume
 
     # the paper's setting, on 8 GPUs
-    accelerate launch --num_processes 8 train.py configs/paper.yaml --push_to_hub --hub_model_id me/my-model
+    accelerate launch --num_processes 8 train.py configs/paper.yaml --train_data my_logs --dev_data my_logs:dev \
+        --push_to_hub --hub_model_id me/my-model
 
 What is costly (teacher vectors, written queries, hidden states) is computed once and kept in `--cache_dir`.
 The trained model lands in `--output_dir`: weights, code, tokenizer, model card. Judge it with `eval.py`.
@@ -271,6 +269,16 @@ def load_data(data_args: DataArguments):
     from native_retrieval.data import drop_overlap, load_texts
 
     dev = [load_queries_of(entry, "dev") for entry in data_args.dev_data]
+    for entry, (_, _, corpus) in zip(data_args.dev_data, dev, strict=True):
+        if corpus is None:
+            raise ValueError(
+                f"dev_data {entry} has no qrels/dev.tsv; add it, or name a split that is there: {entry}:SPLIT"
+            )
+    names = [name for name, _, _ in dev]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(
+            f"dev_data names {', '.join(sorted(twice))} twice, and metrics go by that name; rename a folder"
+        )
     train = []
     weights = data_args.train_weights or [1.0] * len(data_args.train_data)
     for entry, weight in zip(data_args.train_data, weights, strict=True):
@@ -602,6 +610,7 @@ def run(argv: list[str], held: ExitStack) -> None:
         if eval_dataset is not None:
             trainer.log_metrics("dev", trainer.evaluate())
         trainer.state.log_history = [*history, *trainer.state.log_history]
+        trainer.args = training_args  # the card tells the recipe of the main stage
 
     facts["training_seconds"] = round(time.monotonic() - started, 1)
     trainer.save_model()

@@ -113,7 +113,6 @@ class Ways:
                 readout_mask,
                 prefill.hidden_states,
                 probe_states=probe_states,
-                words=prefill.words,
             ),
         )
         return output.query_embeddings.float().cpu().numpy()

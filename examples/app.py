@@ -108,7 +108,7 @@ def chart(index: DocumentIndex, comparison: Comparison):
     return plot_map(queries, documents)
 
 
-def build_page(model, teacher: Teacher, index: DocumentIndex) -> gr.Blocks:
+def build_page(model, teacher: Teacher, index: DocumentIndex, max_new_tokens: int = 96) -> gr.Blocks:
     with gr.Blocks(title="Native Retrieval", fill_width=True) as page:
         gr.Markdown(
             "# Native Retrieval\n"
@@ -147,13 +147,15 @@ def build_page(model, teacher: Teacher, index: DocumentIndex) -> gr.Blocks:
                     )
                     where = gr.Plot(show_label=False, elem_id="where")
         shown = [ours, theirs, query, spent, where]
-        nothing = [None, None, "", None, None]
+        # Updates throughout, and none of what is an input: of a component that an update comes to, and then a value comes to
+        # or from, Gradio 6.31 keeps another copy with every turn of a session.
+        nothing = [gr.update(value=value) for value in (None, None, "", None, None)]
 
         def turn(question: str, history: list[dict], agent: Agent | None):
             """Streams: the user's turn, what was found, the answer piece by piece."""
             if not question.strip():
                 raise gr.Error("Ask something first.", duration=4, print_exception=False)
-            agent = agent or Agent(model, index, NUM_DOCUMENTS)
+            agent = agent or Agent(model, index, NUM_DOCUMENTS, max_new_tokens=max_new_tokens)
             before = [{"role": m["role"], "content": _text(m["content"])} for m in history or []]
             if agent.messages != before:  # after a refresh, or in a new conversation
                 agent.messages, agent.cache = before, None
@@ -169,13 +171,14 @@ def build_page(model, teacher: Teacher, index: DocumentIndex) -> gr.Blocks:
                 bars(found),
                 chart(index, found),
             ]
+            right = [gr.update(value=value) for value in right]
             asked, said = agent.messages, ""
-            yield ["", [*asked, {"role": "assistant", "content": "…"}], agent, *right]
+            yield [[*asked, {"role": "assistant", "content": "…"}], agent, *right]
             unchanged = [gr.skip()] * len(right)
             for piece in agent.answer():
                 said += piece
-                yield [gr.skip(), [*asked, {"role": "assistant", "content": said}], gr.skip(), *unchanged]
-            yield [gr.skip(), agent.messages, agent, *unchanged]
+                yield [[*asked, {"role": "assistant", "content": said}], agent, *unchanged]
+            yield [agent.messages, agent, *unchanged]
 
         def remember(history: list[dict]) -> list[dict]:
             return [{"role": m["role"], "content": _text(m["content"])} for m in history or []]
@@ -185,11 +188,12 @@ def build_page(model, teacher: Teacher, index: DocumentIndex) -> gr.Blocks:
             [box.submit, send.click],
             turn,
             [box, chat, agents],
-            [box, chat, agents, *shown],
+            [chat, agents, *shown],
             trigger_mode="once",
             show_progress="minimal",
             concurrency_limit=4,
         )
+        gr.on([box.submit, send.click], None, None, box, js="() => ''")  # what was asked is on its way by then
         asked.then(remember, chat, kept, show_progress="hidden")
         stop.click(remember, chat, kept, cancels=[asked], show_progress="hidden")
         gr.on(

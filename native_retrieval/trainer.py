@@ -191,7 +191,7 @@ class NativeRetrievalTrainer(Trainer):
         loss = sum(getattr(self.args, f"{name}_weight") * part for name, part in parts.items())
         if not torch.isfinite(loss):
             seen = {name: str(part.item()) for name, part in parts.items()}
-            path = Path(self.args.output_dir, "batch-not-finite.json")
+            path = Path(self.args.output_dir, "_batch-not-finite.json")  # `_*` is never pushed
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"step": self.state.global_step, **seen, "queries": inputs["query"]}) + "\n")
             raise FloatingPointError(
@@ -203,6 +203,12 @@ class NativeRetrievalTrainer(Trainer):
             for name, part in parts.items():
                 self._parts[f"{name}_loss"].append(part.detach())
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        for batch in batches[:-1]:  # an update's batches are fetched ahead: the loader's end is that of the last alone
+            batch["may_be_last"] = False
+        return batches, count
 
     def loss_parts(self, vectors: torch.Tensor, inputs: dict) -> dict[str, torch.Tensor]:
         """The losses whose weight is not 0, by name. `vectors` is `(batch, dim)`."""
@@ -251,7 +257,7 @@ class NativeRetrievalTrainer(Trainer):
             return inputs, 1.0
         size, progress = len(inputs["input_ids"]), self.accelerator.gradient_state
         total = world * size
-        if progress.end_of_dataloader and progress.remainder > 0:
+        if inputs.get("may_be_last", True) and progress.end_of_dataloader and progress.remainder > 0:
             total = progress.remainder
         real = min(max(total - rank * size, 0), size)
         positives = self.accelerator.gather(inputs["positives"])

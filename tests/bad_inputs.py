@@ -319,6 +319,8 @@ ROWS = [
     train("--train_data nowhere", "nowhere", "no such folder"),
     train("--train_data data:tset", "data", "tset", "there is dev, test, train"),
     train("--dev_data data/corpus.jsonl", "data/corpus.jsonl"),
+    train("--dev_data data data:test", "dev_data names data twice", "rename a folder"),
+    train("--dev_data bad", "dev_data bad has no qrels/dev.tsv", "bad:SPLIT", files={"bad/corpus.jsonl": DOCUMENT, "bad/queries.jsonl": ASKED, "bad/qrels/test.tsv": "q1\td1\t1\n"}),
     train("--plain_text text.csv", "text.csv", "must end in .txt", files={"text.csv": "a"}),
     train("--query_modes psychic", "'psychic'", "choose from context, generated, probe"),
     train("--query_modes probe", "query_modes has probe", "num_probe_tokens"),

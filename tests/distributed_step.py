@@ -33,6 +33,8 @@ class Recorder(NativeRetrievalTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         named = self.accelerator.unwrap_model(model).named_parameters()
+        if not self.accelerator.sync_gradients:  # not averaged yet
+            named = []
         gradients = {name: whole(p.grad) for name, p in named if p.grad is not None}
         steps.append({"loss": self.accelerator.reduce(loss.detach(), "mean"), "gradients": gradients})
         return loss
@@ -61,7 +63,7 @@ model = NativeRetrievalModel.from_backbone(
 )
 task = load_task(data, "train")
 cached_queries(model, [model.build_prompt(messages) for messages in task.queries["messages"]], folder / "cache")
-for name, (count, (alignment, contrastive, rank)) in json.loads(cases).items():
+for name, (count, (alignment, contrastive, rank), *accumulated) in json.loads(cases).items():
     queries = task.queries.select(range(count))
     examples = build_examples(
         model, teacher, queries, task.corpus, "context", cache_dir=str(folder / "cache"), num_hard_negatives=2
@@ -70,6 +72,7 @@ for name, (count, (alignment, contrastive, rank)) in json.loads(cases).items():
     arguments = NativeRetrievalTrainingArguments(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=int(batch_size),
+        gradient_accumulation_steps=accumulated[0] if accumulated else 1,
         num_train_epochs=1,
         learning_rate=0.0,
         weight_decay=0.0,

@@ -264,6 +264,27 @@ MUTATIONS = [
         "modeling::test_a_turn_said_twice_is_not_taken_away_twice",
     ),
     Mutation(
+        "what generation pads a row with is read",
+        MODEL,
+        "while len(row) > 1 and row[-1] == pad and",
+        "while len(row) > len(row) and row[-1] == pad and",
+        "modeling::test_what_generation_pads_a_row_with_is_not_read",
+    ),
+    Mutation(
+        "a backbone that computes in float32 is saved in it",
+        MODEL,
+        "v.to(self._stored_dtype)",
+        "v",
+        "modeling::test_a_processor_without_bfloat16_computes_in_float32_and_saves_what_it_was_given",
+    ),
+    Mutation(
+        "every model around a backbone reads the same layers",
+        MODEL,
+        "for i in cache.hidden_state_layers], dim=2)",
+        "for i in (1, 2)], dim=2)",
+        "modeling::test_models_around_one_backbone_read_their_own_layers",
+    ),
+    Mutation(
         "the part that is read is a layer short",
         MODEL,
         "max(self.config.hidden_state_layers) + 1",

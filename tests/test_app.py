@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -91,17 +92,24 @@ def test_a_document_cannot_leave_its_fence_or_forge_a_turn(parts):
 # -- the page -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def address(parts):
+@contextmanager
+def served(parts, **settings):
+    """The address of a page."""
     pytest.importorskip("gradio")
     spec = importlib.util.spec_from_file_location("app", REPOSITORY / "examples" / "app.py")
     app = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(app)
     model, teacher, index = parts
-    page = app.build_page(model, teacher, index)
+    page = app.build_page(model, teacher, index, **settings)
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False, **app.SERVED)
     yield address
     page.close()
+
+
+@pytest.fixture(scope="module")
+def address(parts):
+    with served(parts) as address:
+        yield address
 
 
 @pytest.fixture
@@ -190,15 +198,15 @@ def send(address: str, questions: list[str], wanted: list[str], count: int) -> l
             job.result(timeout=300)
         except Exception as error:  # the client's own differ by where the refusal came
             return "full" if "full" in str(error).lower() else str(error)
-        return "right" if job.outputs()[0][2]["data"][0][0] == wanted[i % 10] else "wrong"
+        return "right" if job.outputs()[0][1]["value"]["data"][0][0] == wanted[i % 10] else "wrong"
 
     with ThreadPoolExecutor(200) as pool:
         return list(pool.map(ask, range(count)))
 
 
 @pytest.fixture
-def users(address, parts):
-    """`users(count)`: that many page requests, 200 at once, one in three given up; how they ended, each in a word."""
+def users(parts):
+    """`users(count)`: that many requests to a page, 200 at once, one in three given up; how they ended, each in a word."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
@@ -206,7 +214,8 @@ def users(address, parts):
     model, _, index = parts
     questions = [f"When was {place} founded?" for place, *_ in PLACES]
     wanted = [index.documents[int(index.search(model.embed_query(q), 1)[1][0, 0])]["title"] for q in questions]
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+    spawned = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    with served(parts, max_new_tokens=16) as address, spawned as process:
         yield lambda count: process.submit(send, address, questions, wanted, count).result()
 
 

@@ -1011,18 +1011,75 @@ def test_a_processor_without_bfloat16_computes_in_float32_and_saves_what_it_was_
     backbone.save_pretrained(tmp_path / "backbone")
     tiny_tokenizer.save_pretrained(tmp_path / "backbone")
     model = NativeRetrievalModel.from_backbone(str(tmp_path / "backbone"), stub_teacher)
-    assert model.backbone.dtype == wanted
-    before = model.embed_query(CONVERSATIONS)
-    model.save_pretrained(tmp_path / "saved")
-    assert model.backbone.dtype == wanted and torch.equal(model.embed_query(CONVERSATIONS), before)
-    saved = load_file(tmp_path / "saved" / "model.safetensors")
-    for name, weight in backbone.state_dict().items():
-        if f"backbone.{name}" in saved:  # of tied weights, one
-            assert torch.equal(saved[f"backbone.{name}"], weight), name
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
-    loaded = NativeRetrievalModel.from_pretrained(tmp_path / "saved")
-    assert loaded.backbone.dtype == loaded.head.linear_in.weight.dtype == wanted
-    assert ((loaded.embed_query(CONVERSATIONS) * before).sum(1) > 0.999).all()
+    sizes = []
+    # Twice: saved from what was made, and from what was loaded; and as the Trainer hands it over, when weights are spread.
+    for folder, arguments in (("made", {}), ("loaded", {}), ("given", {"state_dict": model.state_dict()})):
+        assert model.backbone.dtype == wanted
+        before = model.embed_query(CONVERSATIONS)
+        model.save_pretrained(tmp_path / folder, **arguments)
+        assert model.backbone.dtype == wanted and torch.equal(model.embed_query(CONVERSATIONS), before)
+        saved = load_file(tmp_path / folder / "model.safetensors")
+        for name, weight in backbone.state_dict().items():
+            if f"backbone.{name}" in saved:  # of tied weights, one
+                assert torch.equal(saved[f"backbone.{name}"], weight), name
+        assert json.loads((tmp_path / folder / "config.json").read_text())["dtype"] == "bfloat16"
+        sizes.append(set(saved))
+        model = NativeRetrievalModel.from_pretrained(tmp_path / folder)
+        assert model.backbone.dtype == model.head.linear_in.weight.dtype == wanted
+        assert ((model.embed_query(CONVERSATIONS) * before).sum(1) > 0.999).all()
+    assert sizes[0] == sizes[1] == sizes[2]
+    model.config.store_backbone = False
+    model.save_pretrained(tmp_path / "head")
+    assert json.loads((tmp_path / "head" / "config.json").read_text())["dtype"] == "bfloat16"
+    alone = NativeRetrievalModel.from_pretrained(tmp_path / "head", attn_implementation="eager")
+    assert alone.backbone.dtype == wanted and alone.backbone.config._attn_implementation == "eager"
+
+
+def test_what_is_pushed_while_saving_is_the_whole_repository(
+    make_taught_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, _ = make_taught_model()
+    pushed = {}
+
+    def push(self, repo_id, **kwargs):
+        pushed[repo_id] = {str(path.relative_to(tmp_path / "saved")) for path in (tmp_path / "saved").rglob("*.json")}
+
+    monkeypatch.setattr(NativeRetrievalModel, "push_to_hub", push)
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/mine")
+    wanted = {"config.json", "tokenizer.json", "generation_config.json", "teacher_tokenizer/tokenizer.json"}
+    assert wanted <= pushed["me/mine"]
+
+
+def test_a_model_that_was_just_loaded_takes_token_ids(tiny_model: NativeRetrievalModel, tmp_path: Path):
+    tiny_model.save_pretrained(tmp_path)
+    ids = torch.tensor([tiny_model.build_prompt(CONVERSATIONS[1])])
+    loaded = NativeRetrievalModel.from_pretrained(tmp_path)
+    assert_close(loaded(ids).query_embeddings.detach(), tiny_model(ids).query_embeddings.detach())
+    loaded = NativeRetrievalModel.from_pretrained(tmp_path)
+    assert loaded.generate(inputs=ids, max_new_tokens=1).shape == (1, ids.shape[1] + 1)
+
+
+def test_models_around_one_backbone_read_their_own_layers(
+    make_model: Callable[..., NativeRetrievalModel], make_backbone: Callable[..., PreTrainedModel]
+):
+    backbone = make_backbone("llama")
+    for layers in ([1, 2], [2, 3, 4]):
+        model = make_model(backbone=backbone, hidden_state_layers=layers)
+        found = model.embed_query(CONVERSATIONS[1], mode="context", return_cache=True)
+        assert_close(found.query_embeddings, model.embed_query(CONVERSATIONS[1], mode="context"))
+
+
+def test_what_generation_pads_a_row_with_is_not_read(make_model: Callable[..., NativeRetrievalModel]):
+    model = make_model()
+    found = model.embed_query(CONVERSATIONS[:2], mode="context", return_cache=True)
+    end, pad = model.tokenizer.eos_token_id, model.tokenizer.pad_token_id
+    said = torch.tensor([[9, end, pad, pad, pad, pad], [9, 11, 12, 13, 14, 15]])  # the first row ended early
+    ids = torch.cat((found.input_ids, said), dim=1)
+    vectors = model.embed_query(ids, mode="context", past_key_values=found.past_key_values)
+    prompts = [row[mask.bool()].tolist() for row, mask in zip(found.input_ids, found.attention_mask, strict=True)]
+    alone = [model.embed_query(torch.tensor([prompts[0] + said[0, :2].tolist()]), mode="context")]
+    alone.append(model.embed_query(torch.tensor([prompts[1] + said[1].tolist()]), mode="context"))
+    assert_close(vectors, torch.cat(alone))
 
 
 def test_the_head_alone_takes_hidden_states(make_model: Callable[..., NativeRetrievalModel], tmp_path: Path):

@@ -245,9 +245,9 @@ def test_a_loss_that_is_not_finite_stops_training(tiny_model, examples, beir_fol
     trainer = NativeRetrievalTrainer(tiny_model, args)
     batch = collate([examples()[i] for i in range(4)])
     batch["targets"] = batch["targets"] * float("nan")
-    with pytest.raises(FloatingPointError, match="batch-not-finite.json"):
+    with pytest.raises(FloatingPointError, match="_batch-not-finite.json"):
         trainer.compute_loss(tiny_model, batch)
-    kept = json.loads((tmp_path / "out" / "batch-not-finite.json").read_text())
+    kept = json.loads((tmp_path / "out" / "_batch-not-finite.json").read_text())
     named = [f"train: {query_id}" for query_id in load_task(beir_folder, "train").queries["_id"][:4]]
     assert kept["queries"] == named and kept["alignment"] == "nan"
 
