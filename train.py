@@ -458,6 +458,7 @@ def run(argv: list[str], held: ExitStack) -> None:
         check_writable(flag, Path(directory))
 
     import datasets
+    import torch
     from torch.utils.data import ConcatDataset
     from transformers.utils import logging
 
@@ -473,6 +474,15 @@ def run(argv: list[str], held: ExitStack) -> None:
         raise ValueError("query_modes has the probe alone; add context, which the probe adds to")
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    if (
+        training_args.device.type == "cpu"
+        and training_args.world_size == 1
+        and 1 == torch.get_num_threads() < os.cpu_count()
+    ):
+        print(
+            "One thread only: start with `accelerate launch --cpu --num_processes 1`, or set OMP_NUM_THREADS",
+            flush=True,
+        )
 
     check_model_fields(model_args)
     train, dev, texts = load_data(data_args)  # a bad row, too, should be named before a model is loaded

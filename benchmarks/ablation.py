@@ -38,7 +38,8 @@ COMBINATIONS = [
 LEARNING_RATES = ("2e-4", "5e-4", "1e-3")
 # Without stage a, and without the plain texts among the conversations, which have an alignment of their own.
 ALONE = {"word_epochs": 0, "plain_text_share": 0}
-PROBE = {"query_modes": ["probe", "context"], "num_probe_tokens": 8}
+# The probe's stage runs the backbone in every step: half of the conversations.
+PROBE = {"query_modes": ["probe", "context"], "num_probe_tokens": 8, "max_probe_queries": 400}
 
 
 def loss_rows() -> list[dict]:
