@@ -38,8 +38,8 @@ COMBINATIONS = [
 LEARNING_RATES = ("2e-4", "5e-4", "1e-3")
 # Without stage a, and without the plain texts among the conversations, which have an alignment of their own.
 ALONE = {"word_epochs": 0, "plain_text_share": 0}
-# The probe's stage runs the backbone in every step: half of the conversations.
-PROBE = {"query_modes": ["probe", "context"], "num_probe_tokens": 8, "max_probe_queries": 400}
+# The probe's stage runs the backbone in every step: a third of the queries.
+PROBE = {"query_modes": ["probe", "context"], "num_probe_tokens": 8, "max_probe_queries": 250}
 
 
 def loss_rows() -> list[dict]:
@@ -125,6 +125,8 @@ def main() -> None:
     result = read_result(output, "rows") if output.exists() else {"rows": []}
     result["command"] = " ".join(["python", *sys.argv])
     done = {row["name"] for row in result["rows"]}
+    figure = output.parent / "figures" / f"{output.stem}.png"
+    figure.parent.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(rows, start=1):
         if row["name"] in done:
             continue
@@ -134,9 +136,7 @@ def main() -> None:
         partial = output.with_suffix(".partial")
         partial.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(partial, output)
-    figure = output.parent / "figures" / f"{output.stem}.png"
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    draw(result["rows"], figure)
+        draw(result["rows"], figure)
     print(f"Written: {output}, {figure}")
     width = max(len(row["name"]) for row in result["rows"])
     print(f"{'run':{width}}  Recall@10  MRR@10  nDCG@10  minutes")
