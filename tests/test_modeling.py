@@ -1011,8 +1011,8 @@ def test_a_processor_without_bfloat16_computes_in_float32_and_saves_what_it_was_
     backbone.save_pretrained(tmp_path / "backbone")
     tiny_tokenizer.save_pretrained(tmp_path / "backbone")
     model = NativeRetrievalModel.from_backbone(str(tmp_path / "backbone"), stub_teacher)
-    sizes = []
-    # Twice: saved from what was made, and from what was loaded; and as the Trainer hands it over, when weights are spread.
+    written = []
+    # Saved from what was made, from what was loaded, and as the Trainer hands it over, when weights are spread.
     for folder, arguments in (("made", {}), ("loaded", {}), ("given", {"state_dict": model.state_dict()})):
         assert model.backbone.dtype == wanted
         before = model.embed_query(CONVERSATIONS)
@@ -1024,11 +1024,11 @@ def test_a_processor_without_bfloat16_computes_in_float32_and_saves_what_it_was_
                 kept = saved[f"backbone.{name}"]
                 assert kept.dtype == weight.dtype and torch.equal(kept, weight), name
         assert json.loads((tmp_path / folder / "config.json").read_text())["dtype"] == "bfloat16"
-        sizes.append(set(saved))
+        written.append(set(saved))
         model = NativeRetrievalModel.from_pretrained(tmp_path / folder)
         assert model.backbone.dtype == model.head.linear_in.weight.dtype == wanted
         assert ((model.embed_query(CONVERSATIONS) * before).sum(1) > 0.999).all()
-    assert sizes[0] == sizes[1] == sizes[2]
+    assert written[0] == written[1] == written[2]
     model.config.store_backbone = False
     model.save_pretrained(tmp_path / "head")
     assert json.loads((tmp_path / "head" / "config.json").read_text())["dtype"] == "bfloat16"
