@@ -126,13 +126,12 @@ def main() -> None:
     result["command"] = " ".join(["python", *sys.argv])
     done = {row["name"] for row in result["rows"]}
     figure = output.parent / "figures" / f"{output.stem}.png"
-    figure.parent.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(rows, start=1):
         if row["name"] in done:
             continue
         print(f"== run {number} of {len(rows)}: {row['name']}", flush=True)
         result["rows"].append(run(arguments.recipe, row, extra))
-        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.parent.mkdir(parents=True, exist_ok=True)
         partial = output.with_suffix(".partial")
         partial.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(partial, output)
