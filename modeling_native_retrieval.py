@@ -10,7 +10,6 @@ The file reads in that order: messages to prompt, the two parts of the head, the
 
 import copy
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -20,7 +19,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -199,24 +197,17 @@ def _spellings(tokenizer, tokens: list[str | None]) -> list[bytes]:
     ]
 
 
-def _read_in(tokenizer, texts: list[list[bytes]]) -> list[tuple[list[int], torch.Tensor]]:
+def _read_in(tokenizer, tokens: list[bytes]) -> tuple[list[int], torch.Tensor]:
     """
-    Texts, given as the spellings of one tokenizer's tokens, in another tokenizer's: their ids, and for each the place of
+    A text, given as the spellings of one tokenizer's tokens, in another tokenizer's: their ids, and for each the place of
     the token in which it ends.
     """
-    spelt = [b"".join((*tokens, b"\n")).decode("utf-8", "surrogateescape") for tokens in texts]
-    encodings = tokenizer.backend_tokenizer.encode_batch(  # on all cores
+    text = b"".join((*tokens, b"\n")).decode("utf-8", "surrogateescape")
+    encoding = tokenizer.backend_tokenizer.encode(
         # What is no character stays one place: a cut one, at an end of the text.
-        [text if text.isascii() else re.sub("[\udc80-\udcff]", "\ufffd", text) for text in spelt],
+        text if text.isascii() else re.sub("[\udc80-\udcff]", "\ufffd", text),
         add_special_tokens=False,
     )
-    return [
-        (encoding.ids, _places(tokens, text, encoding))
-        for tokens, text, encoding in zip(texts, spelt, encodings, strict=True)
-    ]
-
-
-def _places(tokens: list[bytes], text: str, encoding) -> torch.Tensor:
     ends = torch.tensor([end for _, end in encoding.offsets], dtype=torch.long)  # in characters
     if not text.isascii():
         characters = torch.frombuffer(bytearray(text.encode("utf-32-le", "surrogatepass")), dtype=torch.int32)
@@ -224,7 +215,7 @@ def _places(tokens: list[bytes], text: str, encoding) -> torch.Tensor:
         widths[(characters >= 0xDC80) & (characters <= 0xDCFF)] = 1
         ends = widths.cumsum(0)[(ends - 1).clamp(min=0)]
     places = torch.searchsorted(torch.tensor([len(token) for token in tokens]).cumsum(0), ends)
-    return places.clamp(max=len(tokens) - 1)
+    return encoding.ids, places.clamp(max=len(tokens) - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1080,26 +1071,20 @@ class NativeRetrievalModel(PreTrainedModel):
         mask = real & ~special & ~sink
         if self.teacher_tokenizer is None:
             return input_ids, torch.arange(input_ids.shape[1], device=device).expand_as(mask), mask, segments
-        # What is not copied parts what stands on its two sides: each run of neighbours is a text of its own.
-        runs = [
-            (row, [place for place, _ in run])
-            for row, copied in enumerate(mask.tolist())
-            for is_copied, run in itertools.groupby(enumerate(copied), key=itemgetter(1))
-            if is_copied
+        read = [
+            _read_in(
+                self.teacher_tokenizer,
+                # What is not copied parts what stands on its two sides.
+                [self._spellings[i] if copied else b"\n" for i, copied in zip(*row, strict=True)],
+            )
+            for row in zip(input_ids.tolist(), mask.tolist(), strict=True)
         ]
-        tokens = input_ids.tolist()
-        spelt = [[self._spellings[tokens[row][place]] for place in run] for row, run in runs]
-        rows: list[tuple[list[int], list[torch.Tensor]]] = [([], []) for _ in tokens]
-        for (row, run), (ids, ends) in zip(runs, _read_in(self.teacher_tokenizer, spelt), strict=True):
-            rows[row][0].extend(ids)
-            rows[row][1].append(run[0] + ends)
-        shape = len(rows), max([1, *(len(ids) for ids, _ in rows)])
+        shape = len(read), max([1, *(len(ids) for ids, _ in read)])
         words, there = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
         places = torch.full(shape, input_ids.shape[1] - 1)
-        for row, (ids, ends) in enumerate(rows):
-            if ids:
-                words[row, : len(ids)], places[row, : len(ids)] = torch.tensor(ids), torch.cat(ends)
-                there[row, : len(ids)] = True
+        for row, (ids, ends) in enumerate(read):
+            words[row, : len(ids)], places[row, : len(ids)] = torch.tensor(ids, dtype=torch.long), ends
+            there[row, : len(ids)] = True
         words, places, there = (part.to(device) for part in (words, places, there))
         return words, places, there & mask.gather(1, places), segments.gather(1, places)
 

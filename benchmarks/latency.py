@@ -5,10 +5,10 @@ From the finished prefill to the documents, in milliseconds, each way and its pa
     python benchmarks/latency.py --model outputs/best --index .cache/demo/index --output results/bench-latency.json
 
 One conversation at several lengths, in bf16 and fp32; the ways take turns in each round, so that whatever slows the
-machine down slows all of them. Medians; the first rounds are dropped. The prompt is prefilled once a length, which spells it
-in the teacher's tokens as well: no way changes its cache. Besides: one decode step; the paper's comparison, the head on the
-written query's states against the teacher's encoding of the same query (its 21.8x is with a teacher of 8B); and the peak memory of a process that serves one
-way and nothing else.
+machine down slows all of them. Medians; the first rounds are dropped. The prompt is prefilled once a length: no way
+changes its cache. Besides: one decode step; the paper's comparison, the head on the written query's states against the
+teacher's encoding of the same query (its 21.8x is with a teacher of 8B); and the peak memory of a process that serves
+one way and nothing else.
 
 A model without a probe is given an untrained one, which takes as long.
 """

@@ -224,8 +224,8 @@ MUTATIONS = [
     Mutation(
         "the teacher's tokens: each at the backbone's token behind it",
         MODEL,
-        "return places.clamp(max=len(tokens) - 1)",
-        "return (places + 1).clamp(max=len(tokens) - 1)",
+        "return encoding.ids, places.clamp(max=len(tokens) - 1)",
+        "return encoding.ids, (places + 1).clamp(max=len(tokens) - 1)",
         "modeling::test_the_copy_path_reads_what_the_teacher_would",
     ),
     Mutation(
@@ -238,8 +238,8 @@ MUTATIONS = [
     Mutation(
         "the teacher's tokens: they reach over turns",
         MODEL,
-        "in itertools.groupby(enumerate(copied), key=itemgetter(1))",
-        "in [(any(copied), [(i, c) for i, c in enumerate(copied) if c])]",
+        'else b"\\n" for i, copied',
+        'else b"" for i, copied',
         "modeling::test_the_teachers_tokens_do_not_reach_over_turns",
     ),
     Mutation(
