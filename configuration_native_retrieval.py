@@ -58,7 +58,7 @@ class NativeRetrievalConfig(PreTrainedConfig):
 
         hidden_state_layers (`list[int]`, *optional*):
             The layers it reads, as indices into `hidden_states` (0 = embeddings, `num_hidden_layers` = after the final
-            norm). Defaults to five, the last at seven tenths of the depth: those behind would add time, not quality.
+            norm). Defaults to five, the last at seven tenths of the depth: those behind cost time, and won nothing.
         head_dim, head_num_layers, head_num_attention_heads, head_dropout:
             The transformer encoder of the projection head.
         head_skip (`bool`, defaults to `True`): whether a linear path runs beside the encoder. The paper has none.
