@@ -10,6 +10,7 @@ The file reads in that order: messages to prompt, the two parts of the head, the
 
 import copy
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -202,7 +203,7 @@ def _read_in(tokenizer, tokens: list[bytes]) -> tuple[list[int], torch.Tensor]:
     A text, given as the spellings of one tokenizer's tokens, in another tokenizer's: their ids, and for each the place of
     the token in which it ends.
     """
-    text = b"".join((*tokens, b"\n")).decode("utf-8", "surrogateescape")
+    text = b"".join(tokens).decode("utf-8", "surrogateescape")
     encoding = tokenizer.backend_tokenizer.encode(
         # What is no character stays one place: a cut one, at an end of the text.
         text if text.isascii() else re.sub("[\udc80-\udcff]", "\ufffd", text),
@@ -560,6 +561,7 @@ class QueryCache(DynamicCache):
         super().__init__(config=config.text_config)
         self.hidden_state_layers = config.hidden_state_layers
         self.activate_past_recording()  # sliding windows could not be cropped otherwise
+        self.turns: dict = {}  # what [`NativeRetrievalModel.words_of`] has read of the conversation
         self._padding: torch.Tensor | None = None  # the mask of the tokens up to the last prefill; later ones are real
         self._recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -624,6 +626,7 @@ class Prefill(ModelOutput):
     input_ids: torch.LongTensor | None = None
     attention_mask: torch.LongTensor | None = None
     hidden_states: torch.FloatTensor | None = None  # (batch, tokens, layers, hidden_size)
+    words: tuple | None = None  # what the copy path reads; see [`NativeRetrievalModel.words_of`]
     past_key_values: Any = None
 
 
@@ -981,6 +984,7 @@ class NativeRetrievalModel(PreTrainedModel):
         attention_mask: torch.LongTensor | None = None,
         readout_mask: torch.BoolTensor | None = None,
         hidden_states: torch.Tensor | None = None,
+        words: tuple[torch.Tensor, ...] | None = None,
         words_only: bool = False,
         use_probe: bool = False,
         probe_states: torch.Tensor | None = None,
@@ -994,6 +998,7 @@ class NativeRetrievalModel(PreTrainedModel):
                 default each prompt's last `num_context_tokens`.
             hidden_states (`(batch, tokens, layers, hidden_size)`, *optional*): the backbone's, at
                 `hidden_state_layers`, when they have been computed before; the backbone is then not run.
+            words (*optional*): from [`words_of`], when these have been read before.
             words_only (`bool`): the copy path's words, weighted by salience alone, of any text, whose `input_ids` are
                 those of [`encode_words`]; for its training.
             use_probe (`bool`): also pass the probe's tokens through the backbone, behind the prompts.
@@ -1010,9 +1015,10 @@ class NativeRetrievalModel(PreTrainedModel):
             )
         if use_probe and probe_states is None:
             prefill = self.prefill(input_ids, attention_mask)
-            hidden_states, probe_states = prefill.hidden_states, self.pass_probe(prefill)
+            hidden_states, words, probe_states = prefill.hidden_states, prefill.words, self.pass_probe(prefill)
         if hidden_states is None:
-            hidden_states = self.prefill(input_ids, attention_mask, use_cache=False).hidden_states
+            prefill = self.prefill(input_ids, attention_mask, use_cache=False)
+            hidden_states, words = prefill.hidden_states, prefill.words
         if hidden_states.shape[:2] != input_ids.shape:
             raise ValueError(
                 f"hidden_states cover {tuple(hidden_states.shape[:2])} (batch, tokens), input_ids "
@@ -1038,7 +1044,7 @@ class NativeRetrievalModel(PreTrainedModel):
 
         attributions = None
         if self.copy_path is not None:
-            ids, places, mask, segments = self.words_of(input_ids, attention_mask)
+            ids, places, mask, segments = words or self.words_of(input_ids, attention_mask)
             states = hidden_states[:, :, self.config.hidden_state_layers.index(self.config.copy_layer)]
             states = states[torch.arange(len(places), device=places.device)[:, None], places].float()
             vectors, weights = self.copy_path(vectors, summary, states, ids, mask, segments)
@@ -1055,9 +1061,12 @@ class NativeRetrievalModel(PreTrainedModel):
         tokenizer = self.teacher_tokenizer or self.tokenizer
         return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
-    def words_of(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> tuple[torch.Tensor, ...]:
+    def words_of(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, cache: QueryCache | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """
-        What the copy path reads of prompts `(batch, tokens)`: their text, in the tokens that it has values for.
+        What the copy path reads of prompts `(batch, tokens)`: their text, in the tokens that it has values for. Each turn is
+        a text by itself, so of a conversation whose cache is given, only the turns that are new are read.
 
         Returns:
             the ids of these, the place of the prompt's token in which each ends, which of them may be copied, and how many
@@ -1071,14 +1080,23 @@ class NativeRetrievalModel(PreTrainedModel):
         mask = real & ~special & ~sink
         if self.teacher_tokenizer is None:
             return input_ids, torch.arange(input_ids.shape[1], device=device).expand_as(mask), mask, segments
-        read = [
-            _read_in(
-                self.teacher_tokenizer,
-                # What is not copied parts what stands on its two sides.
-                [self._spellings[i] if copied else b"\n" for i, copied in zip(*row, strict=True)],
-            )
-            for row in zip(input_ids.tolist(), mask.tolist(), strict=True)
-        ]
+        known, turns, read = {} if cache is None else cache.turns, {}, []
+        for row, copied in zip(input_ids.tolist(), mask.tolist(), strict=True):
+            ids, places = [], [torch.empty(0, dtype=torch.long)]
+            begin = 0
+            for is_turn, group in itertools.groupby(copied):
+                end = begin + len(list(group))
+                if is_turn:
+                    turn = tuple(row[begin:end])
+                    if turn not in turns:
+                        spellings = [self._spellings[i] for i in turn]
+                        turns[turn] = known.get(turn) or _read_in(self.teacher_tokenizer, spellings)
+                    ids += turns[turn][0]
+                    places.append(turns[turn][1] + begin)
+                begin = end
+            read.append((ids, torch.cat(places)))
+        if cache is not None:
+            cache.turns = turns
         shape = len(read), max([1, *(len(ids) for ids, _ in read)])
         words, there = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
         places = torch.full(shape, input_ids.shape[1] - 1)
@@ -1086,7 +1104,7 @@ class NativeRetrievalModel(PreTrainedModel):
             words[row, : len(ids)], places[row, : len(ids)] = torch.tensor(ids, dtype=torch.long), ends
             there[row, : len(ids)] = True
         words, places, there = (part.to(device) for part in (words, places, there))
-        return words, places, there & mask.gather(1, places), segments.gather(1, places)
+        return words, places, there, segments.gather(1, places)
 
     def _reading_part(self) -> nn.Module:
         """The backbone up to the last layer that is read, a view of it: those behind serve generation alone."""
@@ -1133,11 +1151,12 @@ class NativeRetrievalModel(PreTrainedModel):
             use_cache=cache is not None,
             output_hidden_states=True,
         )
+        words = None if self.copy_path is None else self.words_of(input_ids, attention_mask, cache)
         if cache is None:
             hidden_states = torch.stack([output.hidden_states[i] for i in self.config.hidden_state_layers], dim=2)
-            return Prefill(input_ids, attention_mask, hidden_states)
+            return Prefill(input_ids, attention_mask, hidden_states, words)
         cache._padding = attention_mask
-        return Prefill(*cache.recorded(), cache)
+        return Prefill(*cache.recorded(), words, cache)
 
     def _go_on(self, cache: QueryCache, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, QueryCache]:
         """
@@ -1222,7 +1241,8 @@ class NativeRetrievalModel(PreTrainedModel):
         input_ids = torch.cat((input_ids, written), dim=1)
         mask = torch.cat((mask, real), dim=1)
         queries = [row[keep.bool()].tolist() for row, keep in zip(written, real, strict=True)]
-        return Prefill(input_ids, mask, hidden_states[:, : input_ids.shape[1]]), queries
+        words = None if self.copy_path is None else self.words_of(input_ids, mask, cache)
+        return Prefill(input_ids, mask, hidden_states[:, : input_ids.shape[1]], words), queries
 
     @torch.no_grad()
     def embed_prefilled(self, prefill: Prefill, mode: str | None = None) -> NativeRetrievalOutput:
@@ -1245,6 +1265,7 @@ class NativeRetrievalModel(PreTrainedModel):
             prefill.attention_mask,
             readout_mask,
             prefill.hidden_states,
+            prefill.words,
             probe_states=probe_states,
         )
         output.query_ids = queries

@@ -6,7 +6,9 @@ From the finished prefill to the documents, in milliseconds, each way and its pa
 
 One conversation at several lengths, in bf16 and fp32; the ways take turns in each round, so that whatever slows the
 machine down slows all of them. Medians; the first rounds are dropped. The prompt is prefilled once a length: no way
-changes its cache. Besides: one decode step; the paper's comparison, the head on the written query's states against the
+changes its cache. What needs the prompt's text alone belongs to the prefill: its tokens, and the same in the teacher's
+vocabulary, which the copy path reads ("words" in the prefill's row, here of all turns; a conversation that goes on in its
+cache reads only the new ones). Besides: one decode step; the paper's comparison, the head on the written query's states against the
 teacher's encoding of the same query (its 21.8x is with a teacher of 8B); and the peak memory of a process that serves
 one way and nothing else.
 
@@ -112,6 +114,7 @@ class Ways:
                 prefill.attention_mask,
                 readout_mask,
                 prefill.hidden_states,
+                prefill.words,
                 probe_states=probe_states,
             ),
         )
@@ -164,7 +167,8 @@ def measure(ways: Ways, tokens: int, dtype: str, rounds: int) -> list[dict]:
     for _ in range(3):
         clock = Clock()
         prefill = clock.time("prefill", model.prefill, ids)
-        samples["prefill"].append({"total": clock.parts["prefill"]})
+        clock.time("words", model.words_of, ids, torch.ones_like(ids))
+        samples["prefill"].append({"total": clock.parts["prefill"], "words": clock.parts["words"]})
     written, queries = model.write_queries(prefill)
     query = model.tokenizer.decode(queries[0]) or "."
     for round_ in tqdm(range(WARM_UP + rounds), desc=f"{dtype}, {tokens} tokens", unit="round"):

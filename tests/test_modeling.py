@@ -335,6 +335,26 @@ def test_the_teachers_tokens_do_not_reach_over_turns(spelling_model: NativeRetri
     assert (segments.diff() <= 0).all() and (places.diff() >= 0).all()
 
 
+def test_of_a_conversation_that_goes_on_only_new_turns_are_read(
+    spelling_model: NativeRetrievalModel, monkeypatch: pytest.MonkeyPatch
+):
+    turns, read = [user("Who owned it?"), assistant("The museum.")], []
+    original = modeling_native_retrieval._read_in
+    monkeypatch.setattr(
+        modeling_native_retrieval,
+        "_read_in",
+        lambda tokenizer, tokens: read.append(tokens) or original(tokenizer, tokens),
+    )
+    cache = spelling_model.embed_query(turns, return_cache=True).past_key_values
+    first = len(read)
+    more = [*turns, user("Since when was it the old bridge?")]
+    output = spelling_model.embed_query(more, past_key_values=cache, return_cache=True)
+    assert first < len(read) < 2 * first and b"Since" in b"".join(read[-1] + read[-2])
+    assert_close(output.query_embeddings, spelling_model.embed_query(more))
+    spelling_model.embed_query(turns[:1], past_key_values=output.past_key_values)
+    assert not any(b"museum" in b"".join(map(spelling_model._spellings.__getitem__, turn)) for turn in cache.turns)
+
+
 def test_a_word_is_the_same_however_the_backbone_spells_it(spelling_model: NativeRetrievalModel):
     ids = [torch.tensor(spelling_model.encode_words([text])) for text in ("the Library", "THE  library")]
     with torch.no_grad():
