@@ -139,6 +139,18 @@ def collate(items: Sequence[dict]) -> dict[str, torch.Tensor]:
     return batch
 
 
+def behind_another(batch: dict) -> dict:
+    """
+    The batch with each conversation behind its neighbour, as when a user changes the topic. Its readout stays.
+
+    Of cached states, an earlier topic's are what they would be; the question's do not know of it.
+    """
+    other = {key: batch[key].roll(1, 0) for key in ("input_ids", "attention_mask", "hidden_states") if key in batch}
+    joined = {key: torch.cat((before, batch[key]), dim=1) for key, before in other.items()}
+    unread = torch.zeros_like(batch["readout_mask"])
+    return {**batch, **joined, "readout_mask": torch.cat((unread, batch["readout_mask"]), dim=1)}
+
+
 def build_texts(
     model: NativeRetrievalModel, teacher: Teacher, texts: Sequence[str], name: str, typo_share: float = 0.0
 ) -> RetrievalExamples:
