@@ -139,15 +139,18 @@ def collate(items: Sequence[dict]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def behind_another(batch: dict) -> dict:
+def behind_others(batch: dict, count: int) -> dict:
     """
-    The batch with each conversation behind its neighbour, as when a user changes the topic. Its readout stays.
+    The batch with each conversation behind `count` others of it, as when a user changes the topic. Its readout stays.
 
-    Of cached states, an earlier topic's are what they would be; the question's do not know of it.
+    Of cached states, the first topic's are what they would be; later ones do not know of those before them.
     """
-    other = {key: batch[key].roll(1, 0) for key in ("input_ids", "attention_mask", "hidden_states") if key in batch}
-    joined = {key: torch.cat((before, batch[key]), dim=1) for key, before in other.items()}
-    unread = torch.zeros_like(batch["readout_mask"])
+    joined = {
+        key: torch.cat([batch[key].roll(place, 0) for place in range(count, -1, -1)], dim=1)
+        for key in ("input_ids", "attention_mask", "hidden_states")
+        if batch.get(key) is not None
+    }
+    unread = torch.zeros_like(batch["readout_mask"]).repeat(1, count)
     return {**batch, **joined, "readout_mask": torch.cat((unread, batch["readout_mask"]), dim=1)}
 
 

@@ -25,7 +25,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .card import push_model, write_model_card
-from .examples import RetrievalExamples, behind_another, collate
+from .examples import RetrievalExamples, behind_others, collate
 from .files import seal, sha256
 from .losses import alignment_loss, contrastive_loss, rank_distillation_loss
 from .metrics import per_query
@@ -48,8 +48,8 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
     other_topics_share: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the batches in which every conversation stands behind another one of the batch, so that the "
-            "head learns to leave an earlier topic alone."
+            "help": "Share of the batches in which every conversation stands behind another one of the batch (the same share "
+            "of these behind two, and so on), so that the head learns to leave an earlier topic alone."
         },
     )
 
@@ -91,8 +91,8 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
         weights = (self.alignment_weight, self.contrastive_weight, self.rank_weight)
         if min(weights) < 0 or not any(weights):
             raise ValueError(f"loss weights {weights} must not be negative, and at least one must be above 0")
-        if not 0 <= self.other_topics_share <= 1:
-            raise ValueError(f"other_topics_share={self.other_topics_share} must be between 0 and 1")
+        if not 0 <= self.other_topics_share < 1:
+            raise ValueError(f"other_topics_share={self.other_topics_share} must be at least 0 and below 1")
         for name in ("contrastive_temperature", "rank_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
@@ -189,8 +189,11 @@ class NativeRetrievalTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs, share = self._without_repeats(inputs) if model.training else (inputs, 1.0)
-        if model.training and inputs["mode"] != "words" and torch.rand(()) < self.args.other_topics_share:
-            inputs = behind_another(inputs)
+        if model.training and inputs["mode"] != "words":
+            others = 0
+            while torch.rand(()) < self.args.other_topics_share:
+                others += 1
+            inputs = behind_others(inputs, others)
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
