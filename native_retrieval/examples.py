@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 
 from modeling_native_retrieval import NativeRetrievalModel
@@ -139,19 +140,22 @@ def collate(items: Sequence[dict]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def behind_others(batch: dict, count: int) -> dict:
+def behind_others(batch: dict, count: int, max_tokens: int) -> dict:
     """
-    The batch with each conversation behind `count` others of it, as when a user changes the topic. Its readout stays.
+    The batch with each conversation behind `count` others of it, as when a user changes the topic; of what makes a row
+    longer than `max_tokens`, the oldest is left out. The readout stays.
 
     Of cached states, the first topic's are what they would be; later ones do not know of those before them.
     """
+    width = batch["input_ids"].shape[1]
+    count = min(count, -(-max_tokens // width) - 1)
+    kept = max(width, min(max_tokens, (count + 1) * width))
     joined = {
-        key: torch.cat([batch[key].roll(place, 0) for place in range(count, -1, -1)], dim=1)
+        key: torch.cat([batch[key].roll(place, 0) for place in range(count, -1, -1)], dim=1)[:, -kept:]
         for key in ("input_ids", "attention_mask", "hidden_states")
         if batch.get(key) is not None
     }
-    unread = torch.zeros_like(batch["readout_mask"]).repeat(1, count)
-    return {**batch, **joined, "readout_mask": torch.cat((unread, batch["readout_mask"]), dim=1)}
+    return {**batch, **joined, "readout_mask": F.pad(batch["readout_mask"], (kept - width, 0))}
 
 
 def build_texts(

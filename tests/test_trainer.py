@@ -288,7 +288,7 @@ def test_rows_without_hard_negatives_have_none_in_the_loss(examples):
 def test_behind_others_conversation_the_head_reads_the_same_and_the_copy_path_reads_both(tiny_model, examples):
     dataset = examples()
     batch = collate([dataset[i] for i in range(4)])
-    both = behind_others(batch, 1)
+    both = behind_others(batch, 1, 10_000)
     names = ("input_ids", "attention_mask", "readout_mask", "hidden_states")
     for row in range(4):
         read = both["input_ids"][row][both["attention_mask"][row].bool()].tolist()
@@ -296,6 +296,11 @@ def test_behind_others_conversation_the_head_reads_the_same_and_the_copy_path_re
     for name in names:
         assert torch.equal(both[name][:, -batch[name].shape[1] :], batch[name])
     assert torch.equal(both["readout_mask"].sum(1), batch["readout_mask"].sum(1))
+    width = batch["input_ids"].shape[1]
+    for most, wanted in ((width // 2, width), (width + 5, width + 5), (10_000, 4 * width)):
+        cut = behind_others(batch, 3, most)
+        assert all(cut[name].shape[1] == wanted for name in names)
+        assert torch.equal(cut["input_ids"][:, -width:], batch["input_ids"])
     with torch.no_grad():
         one, other = (tiny_model(**{name: inputs[name] for name in names}) for inputs in (batch, both))
     before = other.attributions[:, : batch["input_ids"].shape[1]]
