@@ -193,8 +193,9 @@ class NativeRetrievalTrainer(Trainer):
             others = 0
             while torch.rand(()) < self.args.other_topics_share:
                 others += 1
-            longest = self.accelerator.unwrap_model(self.model).config.max_prompt_tokens
-            inputs = behind_others(inputs, others, longest)
+            if others:
+                longest = self.accelerator.unwrap_model(self.model).config.max_prompt_tokens
+                inputs = behind_others(inputs, others, longest)
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
