@@ -121,10 +121,7 @@ class EvalArguments:
             raise ValueError(f"--latency_queries is {self.latency_queries}, wanted 0 or more")
         if self.save_queries and "generate-then-encode" not in self.methods:
             raise ValueError("--save_queries needs generate-then-encode among --methods, which writes the queries")
-        if self.report and not (
-            "generate-then-encode" in self.methods and any(name.startswith("native-") for name in self.methods)
-        ):
-            raise ValueError("--report needs generate-then-encode and a native mode among --methods, to compare them")
+        self.check_report(self.methods)
         if Path(self.output).suffix != ".json":
             raise ValueError(f"--output is {self.output!r}, wanted a file that ends in .json")
         if Path(self.output).is_dir():
@@ -140,6 +137,12 @@ class EvalArguments:
         ):
             if directory is not None:
                 check_writable(flag, Path(directory))
+
+    def check_report(self, methods: list[str]) -> None:
+        if self.report and not (
+            "generate-then-encode" in methods and any(name.startswith("native-") for name in methods)
+        ):
+            raise ValueError("--report needs generate-then-encode and a native mode among --methods, to compare them")
 
 
 GROUPS = {
@@ -238,6 +241,7 @@ def evaluate(arguments: EvalArguments, command: str) -> dict[str, Any]:
         raise ValueError(f"{arguments.data}, split {arguments.split!r}: {len(task.queries)} queries, wanted at least 2")
     model = load_model(arguments.model)
     methods = choose_methods(arguments.methods, task, model)
+    arguments.check_report(methods)
     # Opened before the teacher is loaded, which can take long.
     index = open_index(arguments.index, task, model) if arguments.index else None
     teacher = load_teacher(arguments, model)

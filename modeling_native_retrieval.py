@@ -158,7 +158,8 @@ def build_prompt(
         `list[int]`: at most `max_tokens` ids.
 
     Raises:
-        `ValueError`: for a malformed conversation, or a last turn which alone is longer than `max_tokens`.
+        `ValueError`: for a malformed conversation, or a last turn which is longer than `max_tokens`, by itself or with the
+            system message.
     """
     check_messages(messages)
     messages = merge_turns(messages)
@@ -173,8 +174,9 @@ def build_prompt(
         if len(input_ids) <= max_tokens:
             return input_ids
         if len(messages) - oldest <= 1:
+            kept = "the system message and the last turn make" if oldest else "the last turn alone makes"
             raise ValueError(
-                f"the last turn alone makes a prompt of {len(input_ids)} tokens, over max_prompt_tokens={max_tokens}; "
+                f"{kept} a prompt of {len(input_ids)} tokens, over max_prompt_tokens={max_tokens}; "
                 "shorten it or raise max_prompt_tokens"
             )
         # Dropping a tenth at a time keeps a very long history from being rendered once for every turn in it.
@@ -563,6 +565,7 @@ class QueryCache(DynamicCache):
         self.activate_past_recording()  # sliding windows could not be cropped otherwise
         self.turns: dict = {}  # what [`NativeRetrievalModel.words_of`] has read of the conversation
         self._padding: torch.Tensor | None = None  # the mask of the tokens up to the last prefill; later ones are real
+        self._given: torch.Tensor | None = None  # the same of the batch as its owner lays it out
         self._recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def record(self, input_ids: torch.Tensor, hidden_states: torch.Tensor) -> None:
@@ -626,7 +629,6 @@ class Prefill(ModelOutput):
     input_ids: torch.LongTensor | None = None
     attention_mask: torch.LongTensor | None = None
     hidden_states: torch.FloatTensor | None = None  # (batch, tokens, layers, hidden_size)
-    words: tuple | None = None  # what the copy path reads; see [`NativeRetrievalModel.words_of`]
     past_key_values: Any = None
 
 
@@ -956,9 +958,9 @@ class NativeRetrievalModel(PreTrainedModel):
         a vector at any later point.
         """
         input_ids = kwargs.pop("inputs", input_ids)  # transformers' own name for them
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, QueryCache) or input_ids is None:
+        if not isinstance(kwargs.get("past_key_values"), QueryCache) or input_ids is None:
             return self.backbone.generate(input_ids, **kwargs)
+        cache = kwargs.pop("past_key_values")
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
         if mask.shape != input_ids.shape:
@@ -966,8 +968,16 @@ class NativeRetrievalModel(PreTrainedModel):
                 f"attention_mask {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)} must have the same shape"
             )
         prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
-        laid_out, kwargs["attention_mask"], kwargs["past_key_values"] = self._go_on(cache, prompts)
-        output = self.backbone.generate(laid_out, **kwargs)
+        returned = kwargs.get("num_return_sequences") or getattr(
+            kwargs.get("generation_config") or self.backbone.generation_config, "num_return_sequences", None
+        )
+        if (returned or 1) > 1:
+            raise ValueError(
+                f"num_return_sequences={returned}: a conversation's cache goes on in one way; generate without past_key_values"
+            )
+        laid_out, kwargs["attention_mask"], going_on = self._go_on(cache, prompts)
+        cache._given, going_on._padding = mask, kwargs["attention_mask"]
+        output = self.backbone.generate(laid_out, past_key_values=going_on, **kwargs)
         # Rows that go on from different places are laid out anew; the caller gets back what was given, and the new.
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         sequences = torch.cat((input_ids, sequences[:, laid_out.shape[1] :]), dim=1)
@@ -998,7 +1008,7 @@ class NativeRetrievalModel(PreTrainedModel):
                 default each prompt's last `num_context_tokens`.
             hidden_states (`(batch, tokens, layers, hidden_size)`, *optional*): the backbone's, at
                 `hidden_state_layers`, when they have been computed before; the backbone is then not run.
-            words (*optional*): from [`words_of`], when these have been read before.
+            words (*optional*): from [`words_of`], of the same tokens, when that has been done.
             words_only (`bool`): the copy path's words, weighted by salience alone, of any text, whose `input_ids` are
                 those of [`encode_words`]; for its training.
             use_probe (`bool`): also pass the probe's tokens through the backbone, behind the prompts.
@@ -1015,10 +1025,9 @@ class NativeRetrievalModel(PreTrainedModel):
             )
         if use_probe and probe_states is None:
             prefill = self.prefill(input_ids, attention_mask)
-            hidden_states, words, probe_states = prefill.hidden_states, prefill.words, self.pass_probe(prefill)
+            hidden_states, probe_states = prefill.hidden_states, self.pass_probe(prefill)
         if hidden_states is None:
-            prefill = self.prefill(input_ids, attention_mask, use_cache=False)
-            hidden_states, words = prefill.hidden_states, prefill.words
+            hidden_states = self.prefill(input_ids, attention_mask, use_cache=False).hidden_states
         if hidden_states.shape[:2] != input_ids.shape:
             raise ValueError(
                 f"hidden_states cover {tuple(hidden_states.shape[:2])} (batch, tokens), input_ids "
@@ -1080,20 +1089,21 @@ class NativeRetrievalModel(PreTrainedModel):
         mask = real & ~special & ~sink
         if self.teacher_tokenizer is None:
             return input_ids, torch.arange(input_ids.shape[1], device=device).expand_as(mask), mask, segments
+        teacher = self.config.teacher_name_or_path, self.config.teacher_fingerprint
         known, turns, read = {} if cache is None else cache.turns, {}, []
-        for row, copied in zip(input_ids.tolist(), mask.tolist(), strict=True):
+        for row, copied, there in zip(input_ids.tolist(), mask.tolist(), real, strict=True):
             ids, places = [], [torch.empty(0, dtype=torch.long)]
-            begin = 0
-            for is_turn, group in itertools.groupby(copied):
-                end = begin + len(list(group))
+            for is_turn, group in itertools.groupby(there.nonzero().flatten().tolist(), copied.__getitem__):
                 if is_turn:
-                    turn = tuple(row[begin:end])
+                    where = list(group)
+                    turn = (teacher, *(row[place] for place in where))
                     if turn not in turns:
-                        spellings = [self._spellings[i] for i in turn]
-                        turns[turn] = known.get(turn) or _read_in(self.teacher_tokenizer, spellings)
+                        spellings = [self._spellings[i] for i in turn[1:]]
+                        blank = not b"".join(spellings).strip()  # a line end between two turns
+                        turns[turn] = ([], torch.empty(0, dtype=torch.long)) if blank else known.get(turn)
+                        turns[turn] = turns[turn] or _read_in(self.teacher_tokenizer, spellings)
                     ids += turns[turn][0]
-                    places.append(turns[turn][1] + begin)
-                begin = end
+                    places.append(torch.tensor(where)[turns[turn][1]])
             read.append((ids, torch.cat(places)))
         if cache is not None:
             cache.turns = turns
@@ -1151,12 +1161,11 @@ class NativeRetrievalModel(PreTrainedModel):
             use_cache=cache is not None,
             output_hidden_states=True,
         )
-        words = None if self.copy_path is None else self.words_of(input_ids, attention_mask, cache)
         if cache is None:
             hidden_states = torch.stack([output.hidden_states[i] for i in self.config.hidden_state_layers], dim=2)
-            return Prefill(input_ids, attention_mask, hidden_states, words)
-        cache._padding = attention_mask
-        return Prefill(*cache.recorded(), words, cache)
+            return Prefill(input_ids, attention_mask, hidden_states)
+        cache._padding = cache._given = attention_mask
+        return Prefill(*cache.recorded(), cache)
 
     def _go_on(self, cache: QueryCache, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, QueryCache]:
         """
@@ -1241,15 +1250,14 @@ class NativeRetrievalModel(PreTrainedModel):
         input_ids = torch.cat((input_ids, written), dim=1)
         mask = torch.cat((mask, real), dim=1)
         queries = [row[keep.bool()].tolist() for row, keep in zip(written, real, strict=True)]
-        words = None if self.copy_path is None else self.words_of(input_ids, mask, cache)
-        return Prefill(input_ids, mask, hidden_states[:, : input_ids.shape[1]], words), queries
+        return Prefill(input_ids, mask, hidden_states[:, : input_ids.shape[1]]), queries
 
     @torch.no_grad()
     def embed_prefilled(self, prefill: Prefill, mode: str | None = None) -> NativeRetrievalOutput:
         """The query vectors of prompts that have been prefilled; their cache stays as it is."""
         mode = self._check_mode(mode)
-        readout_mask, queries, probe_states = None, None, None
-        prompt_tokens = prefill.input_ids.shape[1]
+        readout_mask, queries, words, probe_states = None, None, None, None
+        prompt_tokens, cache = prefill.input_ids.shape[1], prefill.past_key_values
         if mode == "generated":
             prefill, queries = self.write_queries(prefill)
             query_start = prompt_tokens + len(
@@ -1259,13 +1267,15 @@ class NativeRetrievalModel(PreTrainedModel):
             readout_mask[:, :query_start] = False
         elif mode == "probe":
             probe_states = self.pass_probe(prefill)
+        if self.copy_path is not None:
+            words = self.words_of(prefill.input_ids, prefill.attention_mask, cache)
         output = NativeRetrievalModel.forward(  # by name: a subclass's `forward` gives logits
             self,
             prefill.input_ids,
             prefill.attention_mask,
             readout_mask,
             prefill.hidden_states,
-            prefill.words,
+            words,
             probe_states=probe_states,
         )
         output.query_ids = queries
@@ -1336,6 +1346,8 @@ class NativeRetrievalModel(PreTrainedModel):
             if return_cache:
                 output.past_key_values = prefill.past_key_values
                 output.input_ids, output.attention_mask = prefill.input_ids, prefill.attention_mask
+                if output.attributions is not None:  # not those of a query that was written
+                    output.attributions = output.attributions[:, : prefill.input_ids.shape[1]]
             return output if return_cache or return_attributions else output.query_embeddings.float().cpu()
         return self.embed_prompts(prompts, mode=mode, batch_size=batch_size)
 
@@ -1388,9 +1400,9 @@ class NativeRetrievalModel(PreTrainedModel):
         """Rows of token ids; what a cache knows to be padding is left out, and what `generate` has put behind a row's end."""
         mask = torch.ones_like(input_ids)
         if cache is not None:
-            padding = cache.recorded()[1][:, : input_ids.shape[1]]
-            if len(padding) == len(mask):
-                mask[:, : padding.shape[1]] = padding
+            given = cache._given[:, : input_ids.shape[1]]
+            if len(given) == len(mask):
+                mask[:, : given.shape[1]] = given
         rows = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         for row in rows:

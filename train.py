@@ -568,7 +568,12 @@ def run(argv: list[str], held: ExitStack) -> None:
 
     # The other stages are short: no checkpoints, and no dev metrics before they end.
     without_checks = dataclasses.replace(
-        training_args, eval_strategy="no", save_strategy="no", load_best_model_at_end=False, push_to_hub=False
+        training_args,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        push_to_hub=False,
+        other_topics_share=0.0,
     )
     if model.copy_path is not None and data_args.word_epochs and (texts or questions) and not resume:
         words = build_texts(model, teacher, [*texts, *questions], "plain texts", data_args.variety)

@@ -6,9 +6,9 @@ From the finished prefill to the documents, in milliseconds, each way and its pa
 
 One conversation at several lengths, in bf16 and fp32; the ways take turns in each round, so that whatever slows the
 machine down slows all of them. Medians; the first rounds are dropped. The prompt is prefilled once a length: no way
-changes its cache. What needs the prompt's text alone belongs to the prefill: its tokens, and the same in the teacher's
-vocabulary, which the copy path reads ("words" in the prefill's row, here of all turns; a conversation that goes on in its
-cache reads only the new ones). Besides: one decode step; the paper's comparison, the head on the written query's states against the
+changes its cache. The cache knows what the copy path has read of older turns, in the teacher's tokens; the last user's turn
+is read anew each time, on the head's clock. (What it takes to read all turns, as when a whole conversation arrives at once,
+is "words" in the prefill's row.) Besides: one decode step; the paper's comparison, the head on the written query's states against the
 teacher's encoding of the same query (its 21.8x is with a teacher of 8B); and the peak memory of a process that serves
 one way and nothing else.
 
@@ -69,7 +69,7 @@ def with_probe(model):
         model.probe = Probe(model.config, model.backbone).requires_grad_(False).eval()
         for weight in model.probe.parameters():
             torch.nn.init.normal_(weight, std=0.02)
-        model.probe.to(model.head.linear_in.weight.dtype)
+        model.probe.to(model.head.linear_in.weight)
         model._hook_backbone()
     return model
 
@@ -106,7 +106,9 @@ class Ways:
         return result
 
     @torch.no_grad()
-    def head(self, clock, prefill, readout_mask=None, probe_states=None):
+    def head(self, clock, prefill, cache, readout_mask=None, probe_states=None):
+        # As when the last user's turn, and the header behind it, have just come.
+        cache.turns = dict(list(cache.turns.items())[:-2])
         output = clock.time(
             "head",
             lambda: self.model(
@@ -114,7 +116,7 @@ class Ways:
                 prefill.attention_mask,
                 readout_mask,
                 prefill.hidden_states,
-                prefill.words,
+                self.model.words_of(prefill.input_ids, prefill.attention_mask, cache),
                 probe_states=probe_states,
             ),
         )
@@ -130,15 +132,16 @@ class Ways:
         written, queries = self.write(clock, prefill)
         mask = written.attention_mask.bool().clone()
         mask[:, : mask.shape[1] - max(1, len(queries[0]))] = False
-        clock.time("search", self.search, self.head(clock, written, mask))
+        clock.time("search", self.search, self.head(clock, written, prefill.past_key_values, mask))
 
     def native_context(self, clock, prefill):
-        clock.time("search", self.search, self.head(clock, prefill))
+        clock.time("search", self.search, self.head(clock, prefill, prefill.past_key_values))
 
     @torch.no_grad()
     def native_probe(self, clock, prefill):
         states = clock.time("probe", self.model.pass_probe, prefill)
-        clock.time("search", self.search, self.head(clock, prefill, probe_states=states))
+        vector = self.head(clock, prefill, prefill.past_key_values, probe_states=states)
+        clock.time("search", self.search, vector)
 
     def all(self) -> dict:
         return {name: getattr(self, name.replace("-", "_")) for name in WAYS}
@@ -148,14 +151,15 @@ class Ways:
     @torch.no_grad()
     def decode_step(self, clock, prefill):
         """One token, as generation makes it: through the backbone and its language-model head."""
-        mask = torch.ones(1, prefill.input_ids.shape[1] + 1, dtype=torch.long)
+        mask = torch.nn.functional.pad(prefill.attention_mask, (0, 1), value=1)
         token, cache = prefill.input_ids[:, -1:], prefill.past_key_values.branch()
         clock.time("decode step", lambda: self.model.backbone(token, attention_mask=mask, past_key_values=cache))
 
     @torch.no_grad()
     def head_alone(self, clock, written, query: str, count: int):
         states = written.hidden_states[:, -count:].to(self.model.head.linear_in.weight.dtype)
-        clock.time("head on the query", self.model.head, states, torch.ones(1, count, dtype=torch.bool))
+        mask = written.attention_mask[:, -count:].bool()
+        clock.time("head on the query", self.model.head, states, mask)
         clock.time("teacher on the query", self.teacher.encode, [query])
 
 
@@ -203,13 +207,13 @@ from native_retrieval.loading import load_model
 from native_retrieval.index import DocumentIndex
 model = load_model({model!r})
 index = DocumentIndex.load({index!r})
-ids = torch.tensor([{ids}])
+ids = torch.tensor([{ids}], device=model.backbone.device)
 if {two_models}:
     from native_retrieval.teacher import Teacher
     teacher = Teacher(model.config.teacher_name_or_path, model.config.teacher_revision)
     vectors = teacher.encode([model.tokenizer.decode(model.write_queries(model.prefill(ids))[1][0]) or "."])
 else:
-    vectors = model.embed_query(ids, mode={mode!r}, return_cache=True).query_embeddings.float().numpy()
+    vectors = model.embed_query(ids, mode={mode!r}, return_cache=True).query_embeddings.float().cpu().numpy()
 index.search(vectors, 10)
 print("sentence_transformers" in sys.modules, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """

@@ -32,7 +32,8 @@ def prefill_bare(model, prompts: list[list[int]]) -> None:
     prompts = sorted(prompts, key=len)
     for begin in range(0, len(prompts), BATCH_SIZE):
         input_ids, mask = model.pad(prompts[begin : begin + BATCH_SIZE])
-        model.backbone.base_model(input_ids, attention_mask=mask, use_cache=False)
+        states = model.backbone.base_model(input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        states[0, 0, 0].item()  # waits for a GPU
 
 
 @one_line_errors("throughput.py")

@@ -41,10 +41,10 @@ class Turn:
         self.model, self.teacher, self.index = model, teacher, index
 
     def answer(self, vectors, ids, cache) -> torch.Tensor:
-        _, rows = self.index.search(np.asarray(vectors, dtype=np.float32), TOP_K)
+        _, rows = self.index.search(np.asarray(torch.as_tensor(vectors).cpu(), dtype=np.float32), TOP_K)
         documents = "\n".join(self.index.documents[row]["text"][:400] for row in rows[0][:NUM_DOCUMENTS].tolist())
         more = self.model.tokenizer(f"<|im_end|>\n<|im_start|>tool\n{documents}", return_tensors="pt")["input_ids"]
-        ids = torch.cat((ids, more), dim=1)
+        ids = torch.cat((ids, more.to(ids.device)), dim=1)
         return self.model.generate(ids, past_key_values=cache, max_new_tokens=1, do_sample=False)
 
     def native_context(self, ids, cache=None):
@@ -60,7 +60,7 @@ class Turn:
 
 def measure(turn: Turn, tokens: int, rounds: int) -> list[dict]:
     ids = torch.tensor([conversation_of(turn.model, tokens)], device=turn.model.backbone.device)
-    more = turn.model.tokenizer(NEXT_QUESTION, return_tensors="pt")["input_ids"]
+    more = turn.model.tokenizer(NEXT_QUESTION, return_tensors="pt")["input_ids"].to(ids.device)
     seconds = defaultdict(list)
     for round_ in tqdm(range(1 + rounds), desc=f"{tokens} tokens", unit="round"):
         times = {}

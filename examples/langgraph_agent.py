@@ -28,7 +28,7 @@ def build_graph(model, index: DocumentIndex):
     caches = {}  # the cache of the conversation in hand; a tensor has no place in a graph's state
 
     def prompt_of(messages: list[BaseMessage]) -> torch.Tensor:
-        return torch.tensor([model.build_prompt(convert_to_openai_messages(messages))])
+        return torch.tensor([model.build_prompt(convert_to_openai_messages(messages))], device=model.backbone.device)
 
     def decide(state: MessagesState) -> dict:
         # A larger model decides for itself; one of 135M parameters always searches.
@@ -41,7 +41,7 @@ def build_graph(model, index: DocumentIndex):
         conversation = convert_to_openai_messages(messages[:-1])  # without the call itself
         found = model.embed_query(conversation, past_key_values=caches.get("last"), return_cache=True)
         caches["last"] = found.past_key_values
-        _, rows = index.search(found.query_embeddings.float().numpy(), 1)
+        _, rows = index.search(found.query_embeddings.float().cpu().numpy(), 1)
         return search_results(conversation[-1]["content"], [index.documents[int(row)] for row in rows[0]])["content"]
 
     def answer(state: MessagesState) -> dict:

@@ -147,11 +147,12 @@ def behind_others(batch: dict, count: int, max_tokens: int) -> dict:
 
     Of cached states, the first topic's are what they would be; later ones do not know of those before them.
     """
-    width = batch["input_ids"].shape[1]
-    count = min(count, -(-max_tokens // width) - 1)
+    rows, width = batch["input_ids"].shape
+    count = min(count, rows - 1, -(-max_tokens // width) - 1)
     kept = max(width, min(max_tokens, (count + 1) * width))
+    shifts = [*(1 + torch.randperm(rows - 1)[:count]).tolist(), 0]  # no row behind itself
     joined = {
-        key: torch.cat([batch[key].roll(place, 0) for place in range(count, -1, -1)], dim=1)[:, -kept:]
+        key: torch.cat([batch[key].roll(shift, 0) for shift in shifts], dim=1)[:, -kept:]
         for key in ("input_ids", "attention_mask", "hidden_states")
         if batch.get(key) is not None
     }

@@ -196,7 +196,8 @@ def _one_failure(
         run = runs[name][query["_id"]]
         rank = result["methods"][name]["ranks"][row]
         wrote = f", which wrote “{_short(comparison.written.queries[row])}”" if name == BASELINE else ""
-        lines.append(f"- {name}{wrote}: rank {rank or 'past 1,000'}; first: “{documents[max(run, key=run.get)]}”")
+        first = max(run, key=run.get)  # an index may hold more than the data's own documents
+        lines.append(f"- {name}{wrote}: rank {rank or 'past 1,000'}; first: “{documents.get(first, first)}”")
     return [*lines, ""]
 
 

@@ -191,7 +191,7 @@ class NativeRetrievalTrainer(Trainer):
         inputs, share = self._without_repeats(inputs) if model.training else (inputs, 1.0)
         if model.training and inputs["mode"] != "words":
             others = 0
-            while torch.rand(()) < self.args.other_topics_share:
+            while self.args.other_topics_share and torch.rand(()) < self.args.other_topics_share:
                 others += 1
             if others:
                 longest = self.accelerator.unwrap_model(self.model).config.max_prompt_tokens
@@ -472,6 +472,7 @@ class NativeRetrievalTrainer(Trainer):
                     "rank_weight",
                     "contrastive_temperature",
                     "rank_temperature",
+                    "other_topics_share",
                     "learning_rate",
                     "per_device_train_batch_size",
                     "gradient_accumulation_steps",

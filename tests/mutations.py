@@ -238,8 +238,8 @@ MUTATIONS = [
     Mutation(
         "the teacher's tokens: they reach over turns",
         MODEL,
-        'else b"\\n" for i, copied',
-        'else b"" for i, copied',
+        "itertools.groupby(there.nonzero().flatten().tolist(), copied.__getitem__)",
+        "itertools.groupby(there.nonzero().flatten().tolist(), lambda place: True)",
         "modeling::test_the_teachers_tokens_do_not_reach_over_turns",
     ),
     Mutation(
