@@ -690,7 +690,7 @@ class NativeRetrievalModel(PreTrainedModel):
             init.zeros_(module.segment_bias.weight)
             init.zeros_(module.token_salience.weight)
         elif isinstance(module, Novelty):
-            init.constant_(module.turn_gate.bias, -1.0 / module.GATE_SCALE)
+            init.zeros_(module.turn_gate.bias)  # half open
             init.constant_(module.threshold, 0.45)
             init.constant_(module.log_ridge, -1.0)
         elif isinstance(module, Probe):

@@ -212,7 +212,8 @@ def build_examples(
         gold_share, rewrite_gold_share (`float`): how far the target of a query, without a rewrite or with one, moves from
             the query's vector towards its first relevant document's.
         novelty_threshold (`float`): the target is then turned away from the conversation's earlier answers that are nearer
-            to it than this cosine; see [`turned_away`].
+            to it than this cosine (see [`turned_away`]), unless that brings its documents nearer to those of others: where
+            answers are no documents of the index, the next one may well be near the last.
         num_hard_negatives (`int`): documents near the target, from the top of the teacher's ranking, that are not
             relevant.
         seen (`list[Conversation]`, *optional*): what the model reads in the place of `queries["messages"]`; see
@@ -257,12 +258,20 @@ def build_examples(
         texts = sorted({text for answers in said for text in answers})
         vectors = teacher.cached(texts, "document", f"Teacher: earlier answers of {name}")
         place = {text: row for row, text in enumerate(texts)}
+        near = examples.positives  # of no query, if there is no corpus
+        if corpus is not None:
+            near = teacher.ranking(examples.targets, examples.documents, rank_top_k)
         for i, answers in enumerate(said):
             if answers:
                 others = np.asarray(vectors[[place[text] for text in answers]])
                 for row in examples.positives[i]:  # an answer that is asked for once more
                     others = others[others @ examples.documents[row] < SAME_TEXT]
-                examples.targets[i] = turned_away(examples.targets[i], others, novelty_threshold)
+                turned = turned_away(examples.targets[i], others, novelty_threshold)
+                before, after = _margins(
+                    examples.documents, near[i], examples.positives[i], examples.targets[i], turned
+                )
+                if after >= before:
+                    examples.targets[i] = turned
     if corpus is not None:
         examples.ranking = teacher.ranking(examples.targets, examples.documents, rank_top_k)
         if num_hard_negatives:
@@ -287,6 +296,15 @@ def turned_away(target: np.ndarray, others: np.ndarray, threshold: float) -> np.
     excess = np.maximum(others @ target - threshold, 0)
     weights = np.linalg.solve(others @ others.T + NOVELTY_RIDGE * np.eye(len(others)), excess)
     return _unit(target - weights @ others)
+
+
+def _margins(documents: np.ndarray, near: Sequence[int], positives: Sequence[int], *vectors: np.ndarray) -> list[float]:
+    """For each vector, how far the nearest of the positives stands above the nearest other of `near`; 0 without any."""
+    others = np.setdiff1d(near, positives)
+    if not len(positives) or not len(others):
+        return [0.0] * len(vectors)
+    relevant, others = documents[positives], documents[others]
+    return [float((relevant @ vector).max() - (others @ vector).max()) for vector in vectors]
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

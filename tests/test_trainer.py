@@ -364,7 +364,8 @@ def test_the_target_of_a_query_without_a_rewrite_moves_towards_its_document(tiny
 
 def test_targets_are_turned_away_from_earlier_answers(tiny_model, stub_teacher, tmp_path):
     answers = ["It was opened in 1874.", "It was built by Ada Moss, an engineer."]
-    corpus = Dataset.from_list([{"_id": str(i), "title": "", "text": text} for i, text in enumerate(answers)])
+    texts = [*answers, "It was opened in 1874, in May."]
+    corpus = Dataset.from_list([{"_id": str(i), "title": "", "text": text} for i, text in enumerate(texts)])
     messages = [
         {"role": "user", "content": "When was it opened?"},
         {"role": "assistant", "content": answers[0]},
@@ -372,20 +373,22 @@ def test_targets_are_turned_away_from_earlier_answers(tiny_model, stub_teacher, 
     ]
     rows = [{"messages": messages, "rewrite": "Who built the bridge that was opened in 1874?", "gold": ["1"]}]
     rows.append({**rows[0], "gold": ["0"]})  # asked for once more
+    other = [messages[0], {"role": "assistant", "content": "It was opened in May, in 1874."}, messages[2]]
+    rows.append({"messages": other, "rewrite": rows[0]["rewrite"], "gold": ["2"]})  # nearer to it than the others are
 
     def targets(**settings):
         built = build_examples(
             *(tiny_model, stub_teacher, Dataset.from_list(rows), corpus, "context"),
-            **{"cache_dir": str(tmp_path), "rank_top_k": 2, **settings},
+            **{"cache_dir": str(tmp_path), "rank_top_k": 3, **settings},
         )
         return built.targets
 
     plain, moved, said = targets(), targets(novelty_threshold=0.1), stub_teacher.documents(corpus)[0]
-    assert np.array_equal(moved[1], plain[1])
+    assert np.array_equal(moved[1:], plain[1:])
     assert plain[0] @ said > moved[0] @ said > 0 and np.allclose(np.linalg.norm(moved, axis=1), 1)
     assert np.array_equal(targets(novelty_threshold=plain[0] @ said + 0.01), plain)
     shared = targets(rewrite_gold_share=0.5)
-    assert (shared * stub_teacher.documents(corpus)[[1, 0]]).sum(1) == pytest.approx(1, abs=0.3)
+    assert (shared * stub_teacher.documents(corpus)[[1, 0, 2]]).sum(1) == pytest.approx(1, abs=0.3)
     assert ((shared - plain) ** 2).sum(1).min() > 0
 
 
