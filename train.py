@@ -37,6 +37,8 @@ from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+NOVELTY_THRESHOLDS = (0.4, 0.3, 0.2, 0.1)
+
 
 @dataclass
 class ModelArguments:
@@ -371,6 +373,24 @@ def train_only(*parts, of) -> None:
             part.requires_grad_(True)
 
 
+def choose_novelty_threshold(trainer) -> float:
+    """
+    Sets the cosine from which on a vector is turned away from a turn to the best on dev, beside the one that was learned,
+    and returns it: the losses see single documents, and not who comes first in the index.
+    """
+    novelty = trainer.accelerator.unwrap_model(trainer.model).copy_path.novelty
+    metric = f"eval_{trainer.args.metric_for_best_model.removeprefix('eval_')}"
+    better = max if trainer.args.greater_is_better else min
+    found, logged = {}, len(trainer.state.log_history)
+    for threshold in (novelty.threshold.item(), *NOVELTY_THRESHOLDS):
+        novelty.threshold.data.fill_(threshold)
+        found[threshold] = trainer.evaluate()[metric]
+    del trainer.state.log_history[logged:]  # the card shows what was trained, and then what was chosen
+    best = better(found, key=found.get)
+    novelty.threshold.data.fill_(best)
+    return best
+
+
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end, of which `trainer_state.json` comes last."""
     try:
@@ -603,6 +623,8 @@ def run(argv: list[str], held: ExitStack) -> None:
     )
     trainer.train(resume_from_checkpoint=resume)
     if trainer.eval_dataset is not None:
+        if training_args.load_best_model_at_end and model.copy_path is not None and not trainer.is_fsdp_enabled:
+            print(f"Novelty: away from turns over a cosine of {choose_novelty_threshold(trainer):.2f}", flush=True)
         trainer.log_metrics("dev", trainer.evaluate())
 
     if probe_parts:

@@ -564,6 +564,16 @@ def test_data_sets_are_seen_as_often_as_their_weights_say(stub_training, backbon
     assert seen["0.5"] == round(0.5 * seen["1"]) and seen["3"] == 3 * seen["1"] > 0
 
 
+def test_the_novelty_threshold_is_the_best_on_dev(tiny_model, examples, tmp_path, monkeypatch):
+    trainer = NativeRetrievalTrainer(tiny_model, arguments(tmp_path), examples(), {"dev": examples("dev")})
+    threshold = tiny_model.copy_path.novelty.threshold
+    learned, better = threshold.item(), 0.2
+    for best in (learned, better):
+        monkeypatch.setattr(trainer, "evaluate", lambda best=best: {"eval_ndcg@10": 1 - abs(threshold.item() - best)})
+        assert train.choose_novelty_threshold(trainer) == pytest.approx(threshold.item()) == pytest.approx(best)
+        threshold.data.fill_(learned)
+
+
 def test_shipped_recipes_parse():
     for recipe in ("demo", "qrecc", "best", "paper", "ablation"):
         train.parse([f"configs/{recipe}.yaml", *(["--bf16", "false"] if recipe == "paper" else [])])
