@@ -285,7 +285,7 @@ def test_rows_without_hard_negatives_have_none_in_the_loss(examples):
     assert torch.allclose(mixed, same)
 
 
-def test_behind_others_conversation_the_head_reads_the_same_and_the_copy_path_reads_both(tiny_model, examples):
+def test_behind_other_conversations_the_head_reads_the_same_and_the_copy_path_both(tiny_model, examples):
     dataset = examples()
     batch = collate([dataset[i] for i in range(4)])
     both = behind_others(batch, 1, 10_000)
