@@ -356,8 +356,9 @@ class CopyPath(nn.Module):
 
     The tokens are the teacher's own, if it has a tokenizer: it knows a rare name by the pieces that it spells it with.
 
-    Keys and values are never formed for each token: a linear map commutes with the weighted sum, so the query is moved
-    into the states' space and the sum is moved out of it. The cost is one product with the states for each head.
+    Neither keys nor values are formed for each token, nor its state's norm: linear maps and a scale commute with the
+    weighted sum, so the query is moved into the states' space, and the sum is moved out of it. The cost is one product with
+    the states for each head, and one for each turn.
     """
 
     NUM_SEGMENTS = 64
@@ -368,8 +369,6 @@ class CopyPath(nn.Module):
         text = config.text_config.get_text_config()
         heads, width = config.copy_num_heads, config.copy_head_dim
         self.num_heads = heads
-        # Scale and shift of the norm would be one with the maps behind it; without them, no gradient passes the states.
-        self.norm = nn.LayerNorm(text.hidden_size, elementwise_affine=False)
         self.query = nn.Linear(2 * config.head_dim, heads * width)
         self.key = nn.Parameter(torch.empty(heads, width, text.hidden_size))
         self.segment_bias = nn.Embedding(self.NUM_SEGMENTS, heads)
@@ -387,6 +386,7 @@ class CopyPath(nn.Module):
         summary: torch.Tensor,
         states: torch.Tensor,
         input_ids: torch.Tensor,
+        places: torch.Tensor,
         mask: torch.Tensor,
         segments: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -394,45 +394,60 @@ class CopyPath(nn.Module):
         Args:
             vectors, summary (`(batch, embedding_dim)`, `(batch, 2 * head_dim)`): from the projection head; the summary
                 asks for words, and these are added to the vectors.
-            states (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): at `copy_layer`, where each token ends.
-            input_ids, mask, segments (`(batch, tokens)`): the tokens to copy from, in order, which of them may be copied,
-                and how many special tokens of the prompt follow each, which tells the turns apart.
+            states (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): of the prompt, at `copy_layer`.
+            input_ids, places, mask, segments (`(batch, words)`): the tokens to copy from, in order, the prompt's token in
+                which each ends, which of them may be copied, and how many special tokens of the prompt follow each, which
+                tells the turns apart.
 
         Returns:
-            the vectors `(batch, embedding_dim)`, and the weight of each token in them `(batch, tokens)`: below 0, they are
-            turned away from it.
+            the vectors `(batch, embedding_dim)`, and the weight of each of the prompt's tokens in them `(batch, tokens)`:
+            below 0, they are turned away from it.
         """
         batch, segments = len(states), segments.clamp(max=self.NUM_SEGMENTS - 1)
-        states = self.norm(states)
+        count = int(segments.max()) + 1
+        turns = count - 1 - segments
+        scale = self._scale(states)
         queries = self.query(summary).view(batch, self.num_heads, -1).float()
-        queries = torch.einsum("bnd,ndh->bnh", queries, self.key) * self.key.shape[1] ** -0.5
+        queries = self.dropout(torch.einsum("bnd,ndh->bnh", queries, self.key)) * self.key.shape[1] ** -0.5
+        scores = torch.einsum("bnh,bth->bnt", queries, states) * scale[:, None]
+        scores = scores.gather(2, places[:, None].expand(-1, self.num_heads, -1))
         salience = self.BIAS_SCALE * self.token_salience(input_ids).squeeze(-1)
-        scores = torch.einsum("bnh,bth->bnt", queries, self.dropout(states)) + salience[:, None]
-        scores = scores + self.BIAS_SCALE * self.segment_bias(segments).transpose(1, 2)
+        scores = scores + salience[:, None] + self.BIAS_SCALE * self.segment_bias(segments).transpose(1, 2)
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
         # A row with nothing to copy would otherwise spread its weight over padding.
         weights = scores.softmax(-1) * mask.any(1)[:, None, None]
-        attributions = torch.einsum("n,bnt->bt", self.gain, weights)
-        mixed = torch.einsum("bnt,bth->bnh", weights, states).flatten(1)
-        mixed = self.dropout(mixed).to(self.state_value.weight.dtype)
-        vectors = vectors + self._sum_of_values(input_ids, attributions) + self.state_value(mixed)
 
-        # Each turn by itself, its words weighted as in `words`. Turns stand in order, so each is a bag of neighbours.
+        # Each turn by itself, its words weighted as in `words`.
         salience = salience.masked_fill(~mask, torch.finfo(salience.dtype).min)
         shares = (salience - salience.amax(1, keepdim=True)).exp() * mask
-        count = int(segments.max()) + 1
-        turns = count - 1 - segments
+        by_turn = shares[:, None] * (turns[:, None] == torch.arange(count, device=turns.device)[:, None])
+
+        # What the heads and the turns weigh, as weights of the prompt's tokens.
+        spread = torch.cat((weights, by_turn), dim=1)
+        places = places[:, None].expand_as(spread)
+        spread = spread.new_zeros(*spread.shape[:2], states.shape[1]).scatter_add(2, places, spread)
+        sums = torch.einsum("bnt,bth->bnh", spread * scale[:, None], states)
+        mixed, turn_states = sums.split((self.num_heads, count), dim=1)
+        mixed = self.dropout(mixed.flatten(1)).to(self.state_value.weight.dtype)
+        copied = torch.einsum("n,bnt->bt", self.gain, weights)
+        vectors = vectors + self._sum_of_values(input_ids, copied) + self.state_value(mixed)
+
+        # Turns stand in order, so the words of each are a bag of neighbours.
         rows = count * torch.arange(batch, device=turns.device)[:, None]
         starts = torch.searchsorted(
             (turns + rows).flatten(), (rows + torch.arange(count, device=turns.device)).flatten()
         )
-        tokens = torch.arange(turns.numel(), device=turns.device)
-        turn_words, turn_states = (
-            F.embedding_bag(ids, table, starts, per_sample_weights=shares.flatten(), mode="sum").view(batch, count, -1)
-            for ids, table in ((input_ids.flatten(), self.token_values.weight), (tokens, states.flatten(0, 1)))
-        )
+        turn_words = F.embedding_bag(
+            input_ids.flatten(), self.token_values.weight, starts, per_sample_weights=shares.flatten(), mode="sum"
+        ).view(batch, count, -1)
         vectors, away = self.novelty(vectors, summary, turn_words, turn_states)
-        return vectors, attributions - away.gather(1, turns) * shares
+        weights = torch.cat((self.gain.expand(batch, -1), -away), dim=1)
+        return vectors, torch.einsum("bn,bnt->bt", weights, spread)
+
+    @staticmethod
+    def _scale(states: torch.Tensor) -> torch.Tensor:
+        """What makes each state one of root mean square 1: `(batch, tokens)`."""
+        return (torch.linalg.vector_norm(states, dim=-1).square() / states.shape[-1] + 1e-6).rsqrt()
 
     def _sum_of_values(self, input_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return F.embedding_bag(input_ids, self.token_values.weight, per_sample_weights=weights, mode="sum")
@@ -691,7 +706,7 @@ class NativeRetrievalModel(PreTrainedModel):
             init.zeros_(module.token_salience.weight)
         elif isinstance(module, Novelty):
             init.zeros_(module.turn_gate.bias)  # half open
-            init.constant_(module.threshold, 0.45)
+            init.constant_(module.threshold, 0.2)
             init.constant_(module.log_ridge, -1.0)
         elif isinstance(module, Probe):
             init.normal_(module.embeddings, std=0.02)
@@ -1053,11 +1068,9 @@ class NativeRetrievalModel(PreTrainedModel):
 
         attributions = None
         if self.copy_path is not None:
-            ids, places, mask, segments = words or self.words_of(input_ids, attention_mask)
-            states = hidden_states[:, :, self.config.hidden_state_layers.index(self.config.copy_layer)]
-            states = states[torch.arange(len(places), device=places.device)[:, None], places].float()
-            vectors, weights = self.copy_path(vectors, summary, states, ids, mask, segments)
-            attributions = torch.zeros(input_ids.shape, device=weights.device).scatter_add(1, places, weights)
+            states = hidden_states[:, :, self.config.hidden_state_layers.index(self.config.copy_layer)].float()
+            words = words or self.words_of(input_ids, attention_mask)
+            vectors, attributions = self.copy_path(vectors, summary, states, *words)
         return NativeRetrievalOutput(
             query_embeddings=F.normalize(vectors.float(), dim=-1),
             attributions=attributions,

@@ -337,3 +337,74 @@ def beir_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def beir_folder(tmp_path: Path) -> Path:
     """A folder in the layout of `native_retrieval.data`: splits train (12 queries), dev (6) and test (6)."""
     return write_beir_folder(tmp_path / "beir")
+
+
+MODES = ("context", "generated", "probe")
+
+BACKBONES = [(family, tie) for family in FAMILIES for tie in (True, False)]
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "Who built the old bridge?"}],
+    [
+        {"role": "system", "content": "Answer in one sentence."},
+        {"role": "user", "content": "Tell me about the library."},
+        {"role": "assistant", "content": "It was founded in 1846 by a teacher and a printer."},
+        {"role": "user", "content": "And who owned it?"},
+    ],
+    [
+        {"role": "user", "content": "What does the museum show?"},
+        {"role": "assistant", "content": "Let me look that up."},
+        {"role": "tool", "content": "Belford Museum: maps, coins, tools of the harbour."},
+    ],
+    [{"role": "user", "content": "When?"}],
+    [
+        {"role": "user", "content": "Where is the castle, and why was it given up?\nPlease be brief."},
+        {"role": "assistant", "content": "The castle stands"},
+    ],
+]
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def assert_close(seen: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(seen, wanted, atol=1e-5, rtol=0)
+
+
+def assert_one_line(error: pytest.ExceptionInfo) -> None:
+    assert str(error.value) and "\n" not in str(error.value)
+
+
+def prompts_of(model: NativeRetrievalModel, conversations: Sequence = CONVERSATIONS) -> list[list[int]]:
+    return [model.build_prompt(conversation) for conversation in conversations]
+
+
+def pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
+    width = max(map(len, rows))
+    filled = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([f + row if side == "left" else row + f for f, row in zip(filled, rows, strict=True)])
+
+
+def take_steps(model: NativeRetrievalModel, steps: int = 3) -> None:
+    """A few optimiser steps on everything that can be trained."""
+    rows = prompts_of(model)
+    ids, mask = pad(rows, 0, "left"), pad([[1] * len(row) for row in rows], 0, "left")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=1e-2)
+    target = torch.eye(len(rows), model.config.embedding_dim)
+    model.train()
+    for _ in range(steps):
+        optimiser.zero_grad()
+        (1 - (model(ids, mask).query_embeddings * target).sum(-1)).mean().backward()
+        optimiser.step()
+    model.eval()
+
+
+@pytest.fixture(params=BACKBONES, ids=lambda p: f"{p[0]}-{'tied' if p[1] else 'untied'}", scope="module")
+def model(request: pytest.FixtureRequest, make_model: Callable[..., NativeRetrievalModel]) -> NativeRetrievalModel:
+    return make_model(*request.param)
