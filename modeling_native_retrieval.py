@@ -144,6 +144,27 @@ def plain_text(text: str, special_tokens: Iterable[str]) -> str:
     return text
 
 
+def user_turn(tokenizer) -> tuple[list[int], int]:
+    """
+    How a chat template opens a user's turn, from its special token on, and how many special tokens it writes between the
+    text of the last one and the assistant's answer. `([], 0)` where nothing tells a user's turn.
+    """
+    question, answer = "zyxwvu", "utsrqp"
+    turns = [("user", "Hello."), ("assistant", answer), ("user", question)]
+    with suppress(ValueError):  # a template that refuses this will say so of the conversation at hand
+        prompt = _render(tokenizer, [{"role": role, "content": content} for role, content in turns])
+        if prompt.count(question) == prompt.count(answer) == 1:
+            other, between, behind = re.split(f"{answer}|{question}", prompt)
+            opened, other, behind = (
+                tokenizer(part.rstrip(), add_special_tokens=False)["input_ids"] for part in (between, other, behind)
+            )
+            special = special_tokens_of(tokenizer)
+            for start in reversed(range(len(opened))):
+                if opened[start] in special and opened[start:] != other[start - len(opened) :]:
+                    return opened[start:], sum(i in special for i in behind)
+    return [], 0
+
+
 def build_prompt(
     tokenizer, messages: Conversation, max_tokens: int, special_tokens: Iterable[str] | None = None
 ) -> list[int]:
@@ -930,6 +951,7 @@ class NativeRetrievalModel(PreTrainedModel):
         # Read once, and never per call: the ids that mark turns, those that end a written query, and their spellings.
         special = special_tokens_of(tokenizer)
         self._special_ids, self._special_tokens = list(special), list(special.values())
+        self._user_turn = user_turn(tokenizer)
         pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self._line_end_ids = [i for i, s in enumerate(pieces) if s and ("\u010a" in s or "\n" in s or s == "<0x0A>")]
         unknown = max(0, self.config.text_config.get_text_config().vocab_size - len(tokenizer))
@@ -1092,12 +1114,12 @@ class NativeRetrievalModel(PreTrainedModel):
 
         Returns:
             the ids of these, the place of the prompt's token in which each ends, which of them may be copied, and how many
-            special tokens follow each in the prompt, all `(batch, words)`.
+            special tokens follow each in the prompt (see [`_segments`]), all `(batch, words)`.
         """
         self.tokenizer  # noqa: B018, read first: loading it sets the special tokens
         device, real = input_ids.device, attention_mask.bool()
         special = torch.isin(input_ids, torch.tensor(self._special_ids, device=device)) & real
-        segments = special.flip(1).cumsum(1).flip(1)
+        segments = self._segments(input_ids, special)
         sink = real & (real.cumsum(1) == 1)  # the first token, on which attention rests that looks for nothing
         mask = real & ~special & ~sink
         if self.teacher_tokenizer is None:
@@ -1128,6 +1150,21 @@ class NativeRetrievalModel(PreTrainedModel):
             there[row, : len(ids)] = True
         words, places, there = (part.to(device) for part in (words, places, there))
         return words, places, there, segments.gather(1, places)
+
+    def _segments(self, input_ids: torch.LongTensor, special: torch.BoolTensor) -> torch.LongTensor:
+        """
+        How many special tokens follow each token, as if the last user's turn were the last: what an agent has said and called
+        since would otherwise move the question to where an older one stands. Of what stands behind that turn, 0.
+        """
+        segments = special.flip(1).cumsum(1).flip(1)
+        opening, behind = self._user_turn
+        if not opening or len(opening) > input_ids.shape[1]:
+            return segments
+        opening = torch.tensor(opening, device=input_ids.device)
+        found = (input_ids.unfold(1, len(opening), 1) == opening).all(-1)
+        last = found.shape[1] - 1 - found.flip(1).long().argmax(1, keepdim=True) + len(opening) - 1
+        since = segments.gather(1, last) - special.long().gather(1, last) - behind
+        return (segments - since.clamp(min=0) * found.any(1, keepdim=True)).clamp(min=0)
 
     def _reading_part(self) -> nn.Module:
         """The backbone up to the last layer that is read, a view of it: those behind serve generation alone."""

@@ -299,6 +299,13 @@ MUTATIONS = [
         "head::test_turns_are_told_apart",
     ),
     Mutation(
+        "copy path: what an agent does moves the question",
+        MODEL,
+        "since.clamp(min=0) * found.any(1, keepdim=True)",
+        "0 * since",
+        "head::test_what_an_agent_does_since_does_not_move_the_question",
+    ),
+    Mutation(
         "copy path: values of states that are not normed",
         MODEL,
         'torch.einsum("bnt,bth->bnh", spread * scale[:, None], states)',

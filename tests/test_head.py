@@ -183,6 +183,30 @@ def test_the_copy_path_is_attention_over_normed_states(tiny_model: NativeRetriev
     assert_close(weights.gather(1, places) * mask, (wanted * path.gain).sum(-1))
 
 
+TAILS = [
+    [assistant("Let me look.")],
+    [assistant("Let me look."), {"role": "tool", "content": "Nothing."}],
+    [{"role": "tool", "content": "[]"}, assistant("Once more."), {"role": "tool", "content": "Maps."}, assistant("So")],
+]
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_what_an_agent_does_since_does_not_move_the_question(tiny_model: NativeRetrievalModel, tail: list[dict]):
+    """To the copy path it stands where it stood, and so does all before it; in a batch with other rows as well."""
+    messages = CONVERSATIONS[1]
+    before, after = prompts_of(tiny_model, [messages, [*messages, *tail]])
+    end = len(before) - before[::-1].index(tiny_model.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    assert after[:end] == before[:end]
+    special = torch.tensor(tiny_model._special_ids)
+    ids, _ = tiny_model.pad([before, after, *prompts_of(tiny_model)])
+    before, after = (
+        row[-len(ids) :].tolist()
+        for row, ids in zip(tiny_model._segments(ids, torch.isin(ids, special)), (before, after), strict=False)
+    )
+    assert after[:end] == before[:end]
+    assert set(after[end + 1 :]) <= {0, 1} and after[-1] == 0
+
+
 # The teacher's own tokens
 
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import modeling_native_retrieval
-from modeling_native_retrieval import NativeRetrievalModel, build_prompt
+from modeling_native_retrieval import NativeRetrievalModel, build_prompt, user_turn
 
 
 def rendered(model: NativeRetrievalModel, conversation: list[dict]) -> str:
@@ -320,3 +320,40 @@ def test_a_template_that_refuses_everything_is_named(tiny_tokenizer: PreTrainedT
     finally:
         tiny_tokenizer.chat_template = before
     assert_one_line(error)
+
+
+# How a user's turn is opened, in three families of templates, spelt with the special tokens at hand; and what stands between
+# the text of the last one and the answer.
+OPENINGS = {
+    "chatml": (None, "<|im_start|>user", 2),
+    "gemma": (GEMMA_LIKE, "<|im_start|>user", 2),
+    "llama3": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_end|>\n\n' + m.content + '<|endoftext|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>\n\n' }}{% endif %}",
+        "<|im_start|>user<|im_end|>",
+        3,
+    ),
+    "mistral": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' if m.role == 'user' else "
+        "' ' + m.content + '<|endoftext|>' }}{% endfor %}",
+        "<|im_start|>",
+        1,
+    ),
+    "alike": ("{% for m in messages %}{{ '<|im_start|>' + m.content }}{% endfor %}", "", 0),
+    "refuses": ("{{ raise_exception('Never.') }}", "", 0),
+}
+
+
+@pytest.mark.parametrize("template, opening, behind", OPENINGS.values(), ids=OPENINGS)
+def test_a_users_turn_is_known_by_its_opening(tiny_tokenizer, template: str | None, opening: str, behind: int):
+    before = tiny_tokenizer.chat_template
+    tiny_tokenizer.chat_template = template or before
+    try:
+        ids, count = user_turn(tiny_tokenizer)
+    finally:
+        tiny_tokenizer.chat_template = before
+    assert (tiny_tokenizer.decode(ids), count) == (opening, behind)
+
+
+def test_without_a_template_no_opening_is_known(bare_tokenizer: PreTrainedTokenizerFast):
+    assert user_turn(bare_tokenizer) == ([], 0)
