@@ -727,7 +727,7 @@ class NativeRetrievalModel(PreTrainedModel):
             init.zeros_(module.token_salience.weight)
         elif isinstance(module, Novelty):
             init.zeros_(module.turn_gate.bias)  # half open
-            init.constant_(module.threshold, 0.2)
+            init.constant_(module.threshold, 0.45)
             init.constant_(module.log_ridge, -1.0)
         elif isinstance(module, Probe):
             init.normal_(module.embeddings, std=0.02)
