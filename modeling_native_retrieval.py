@@ -441,12 +441,13 @@ class CopyPath(nn.Module):
         # Each turn by itself, its words weighted as in `words`.
         salience = salience.masked_fill(~mask, torch.finfo(salience.dtype).min)
         shares = (salience - salience.amax(1, keepdim=True)).exp() * mask
-        by_turn = shares[:, None] * (turns[:, None] == torch.arange(count, device=turns.device)[:, None])
 
         # What the heads and the turns weigh, as weights of the prompt's tokens.
-        spread = torch.cat((weights, by_turn), dim=1)
-        places = places[:, None].expand_as(spread)
-        spread = spread.new_zeros(*spread.shape[:2], states.shape[1]).scatter_add(2, places, spread)
+        tokens = states.shape[1]
+        by_head = weights.new_zeros(batch, self.num_heads, tokens)
+        by_head = by_head.scatter_add(2, places[:, None].expand_as(weights), weights)
+        by_turn = shares.new_zeros(batch, count * tokens).scatter_add(1, turns * tokens + places, shares)
+        spread = torch.cat((by_head, by_turn.view(batch, count, tokens)), dim=1)
         sums = torch.einsum("bnt,bth->bnh", spread * scale[:, None], states)
         mixed, turn_states = sums.split((self.num_heads, count), dim=1)
         mixed = self.dropout(mixed.flatten(1)).to(self.state_value.weight.dtype)
@@ -1126,27 +1127,32 @@ class NativeRetrievalModel(PreTrainedModel):
             return input_ids, torch.arange(input_ids.shape[1], device=device).expand_as(mask), mask, segments
         teacher = self.config.teacher_name_or_path, self.config.teacher_fingerprint
         known, turns, read = {} if cache is None else cache.turns, {}, []
-        for row, copied, there in zip(input_ids.tolist(), mask.tolist(), real, strict=True):
-            ids, places = [], [torch.empty(0, dtype=torch.long)]
-            for is_turn, group in itertools.groupby(there.nonzero().flatten().tolist(), copied.__getitem__):
-                if is_turn:
-                    where = list(group)
-                    turn = (teacher, *(row[place] for place in where))
-                    if turn not in turns:
-                        spellings = [self._spellings[i] for i in turn[1:]]
-                        blank = not b"".join(spellings).strip()  # a line end between two turns
-                        turns[turn] = ([], torch.empty(0, dtype=torch.long)) if blank else known.get(turn)
-                        turns[turn] = turns[turn] or _read_in(self.teacher_tokenizer, spellings)
+        for row, copied, there in zip(input_ids.cpu(), mask.cpu(), real.cpu(), strict=True):
+            ids, ends = [], [torch.empty(0, dtype=torch.long)]
+            where = there.nonzero().flatten()
+            row, copied = row[where].tolist(), copied[where]
+            changes = (copied[1:] != copied[:-1]).nonzero().flatten() + 1
+            copied = copied.tolist()
+            for start, end in itertools.pairwise([0, *changes.tolist(), len(row)]):
+                if not any(copied[start:end]):
+                    continue
+                turn = (teacher, *row[start:end])
+                if turn not in turns:
+                    spellings = [self._spellings[i] for i in turn[1:]]
+                    blank = not b"".join(spellings).strip()  # a line end between two turns
+                    turns[turn] = ([], ends[0]) if blank else known.get(turn)
+                    turns[turn] = turns[turn] or _read_in(self.teacher_tokenizer, spellings)
+                if turns[turn][0]:
                     ids += turns[turn][0]
-                    places.append(torch.tensor(where)[turns[turn][1]])
-            read.append((ids, torch.cat(places)))
+                    ends.append(start + turns[turn][1])
+            read.append((ids, where[torch.cat(ends)]))
         if cache is not None:
             cache.turns = turns
         shape = len(read), max([1, *(len(ids) for ids, _ in read)])
         words, there = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
         places = torch.full(shape, input_ids.shape[1] - 1)
-        for row, (ids, ends) in enumerate(read):
-            words[row, : len(ids)], places[row, : len(ids)] = torch.tensor(ids, dtype=torch.long), ends
+        for row, (ids, where) in enumerate(read):
+            words[row, : len(ids)], places[row, : len(ids)] = torch.tensor(ids, dtype=torch.long), where
             there[row, : len(ids)] = True
         words, places, there = (part.to(device) for part in (words, places, there))
         return words, places, there, segments.gather(1, places)
