@@ -238,8 +238,8 @@ MUTATIONS = [
     Mutation(
         "the teacher's tokens: they reach over turns",
         MODEL,
-        "itertools.groupby(there.nonzero().flatten().tolist(), copied.__getitem__)",
-        "itertools.groupby(there.nonzero().flatten().tolist(), lambda place: True)",
+        "!= copied[:-1]).nonzero().flatten() + 1",
+        "!= copied[:-1]).nonzero().flatten()[:1] + 1",
         "head::test_the_teachers_tokens_do_not_reach_over_turns",
     ),
     Mutation(
