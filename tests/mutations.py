@@ -219,7 +219,7 @@ MUTATIONS = [
         MODEL,
         "segments = special.flip(1).cumsum(1).flip(1)",
         "segments = special.cumsum(1)",
-        "head::test_the_copy_path_tells_turns_apart_from_the_newest",
+        "head::test_what_an_agent_does_since_does_not_move_the_question",
     ),
     Mutation(
         "the teacher's tokens: each at the backbone's token behind it",

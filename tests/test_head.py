@@ -203,6 +203,9 @@ def test_what_an_agent_does_since_does_not_move_the_question(tiny_model: NativeR
         row[-len(ids) :].tolist()
         for row, ids in zip(tiny_model._segments(ids, torch.isin(ids, special)), (before, after), strict=False)
     )
+    assert (
+        before == sorted(before, reverse=True) and before[1] > before[end - 2] > before[-1]
+    )  # counted from the newest
     assert after[:end] == before[:end]
     assert set(after[end + 1 :]) <= {0, 1} and after[-1] == 0
 
