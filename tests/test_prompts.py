@@ -3,7 +3,7 @@
 import copy
 import itertools
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -241,19 +241,17 @@ ROLE_SEQUENCES = [
 
 
 @pytest.fixture
-def strict_tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> Iterator[PreTrainedTokenizerFast]:
-    before = tiny_tokenizer.chat_template
-    tiny_tokenizer.chat_template = GEMMA_LIKE
-    yield tiny_tokenizer
-    tiny_tokenizer.chat_template = before
+def strict_tokenizer(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> PreTrainedTokenizerFast:
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", GEMMA_LIKE)
+    return tiny_tokenizer
 
 
 @pytest.fixture
-def bare_tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> Iterator[PreTrainedTokenizerFast]:
-    before = tiny_tokenizer.chat_template
-    tiny_tokenizer.chat_template = None
-    yield tiny_tokenizer
-    tiny_tokenizer.chat_template = before
+def bare_tokenizer(tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerFast:
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", None)
+    return tiny_tokenizer
 
 
 def numbered(roles: Sequence[str]) -> list[dict[str, str]]:
@@ -298,31 +296,24 @@ def test_vectors_without_a_template(
 @pytest.mark.parametrize(
     "template", ["{{ messages[0].content }}", "{{ messages[0].content + 1 }}", "{{ no.such.name }}"]
 )
-def test_a_template_that_fails_does_not_quote_the_conversation(tiny_tokenizer, template: str):
+def test_a_template_that_fails_does_not_quote_the_conversation(tiny_tokenizer, template: str, monkeypatch):
     """transformers' error for a template that drops half a turn holds all that was said."""
-    before, tiny_tokenizer.chat_template = tiny_tokenizer.chat_template, template
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
     conversation = [user("my secret"), assistant("another secret")]
-    try:
-        with pytest.raises(ValueError, match="chat template refuses") as error:
-            build_prompt(tiny_tokenizer, conversation, 100)
-    finally:
-        tiny_tokenizer.chat_template = before
+    with pytest.raises(ValueError, match="chat template refuses") as error:
+        build_prompt(tiny_tokenizer, conversation, 100)
     assert_one_line(error)
     assert "secret" not in "".join(traceback.format_exception(error.value))
 
 
-def test_a_template_that_refuses_everything_is_named(tiny_tokenizer: PreTrainedTokenizerFast):
-    before = tiny_tokenizer.chat_template
-    tiny_tokenizer.chat_template = "{{ raise_exception('Never.\nEver.') }}"
-    try:
-        with pytest.raises(ValueError, match="chat template") as error:
-            build_prompt(tiny_tokenizer, [user("Who?")], 100)
-    finally:
-        tiny_tokenizer.chat_template = before
+def test_a_template_that_refuses_everything_is_named(tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ raise_exception('Never.\nEver.') }}")
+    with pytest.raises(ValueError, match="chat template") as error:
+        build_prompt(tiny_tokenizer, [user("Who?")], 100)
     assert_one_line(error)
 
 
-# How a user's turn is opened, in three families of templates, spelt with the special tokens at hand; and what stands between
+# How a user's turn is opened, in four families of templates, spelt with the special tokens at hand; and what stands between
 # the text of the last one and the answer.
 OPENINGS = {
     "chatml": (None, "<|im_start|>user", 2),
@@ -345,13 +336,9 @@ OPENINGS = {
 
 
 @pytest.mark.parametrize("template, opening, behind", OPENINGS.values(), ids=OPENINGS)
-def test_a_users_turn_is_known_by_its_opening(tiny_tokenizer, template: str | None, opening: str, behind: int):
-    before = tiny_tokenizer.chat_template
-    tiny_tokenizer.chat_template = template or before
-    try:
-        ids, count = user_turn(tiny_tokenizer)
-    finally:
-        tiny_tokenizer.chat_template = before
+def test_a_users_turn_is_known_by_its_opening(tiny_tokenizer, monkeypatch, template, opening: str, behind: int):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template or tiny_tokenizer.chat_template)
+    ids, count = user_turn(tiny_tokenizer)
     assert (tiny_tokenizer.decode(ids), count) == (opening, behind)
 
 
