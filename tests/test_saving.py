@@ -321,32 +321,43 @@ def test_a_model_without_a_tokenizer_says_so(make_backbone: Callable[..., PreTra
     assert_one_line(error)
 
 
-@pytest.mark.parametrize("change", ["template", "vocabulary", "library", None])
-def test_another_tokenizer_template_or_library_is_warned_of_once(
-    change: str | None, make_model: Callable[..., NativeRetrievalModel], tmp_path: Path
-):
-    make_model().save_pretrained(tmp_path)
-    if change == "template":
-        template = (tmp_path / "chat_template.jinja").read_text()
-        (tmp_path / "chat_template.jinja").write_text(template.replace("<|im_start|>", "<|im_start|> "))
-    elif change == "vocabulary":
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-        tokenizer.add_tokens(["1974"])
-        tokenizer.save_pretrained(tmp_path)
-    elif change == "library":
-        config = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_version": "4.40.0"}))
+def test_another_tokenizer_template_or_library_is_warned_of_once(tiny_model: NativeRetrievalModel, tmp_path: Path):
+    folders = {change: tmp_path / change for change in ("template", "vocabulary", "library", "nothing")}
+    for folder in folders.values():
+        tiny_model.save_pretrained(folder)
+    template = folders["template"] / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
+    tokenizer = AutoTokenizer.from_pretrained(folders["vocabulary"])
+    tokenizer.add_tokens(["1974"])
+    tokenizer.save_pretrained(folders["vocabulary"])
+    config = folders["library"] / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "transformers_version": "4.40.0"}))
     script = (
-        "import sys; from transformers import AutoModel\n"
-        "for _ in range(2):\n"
-        "    AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).embed_query('Who?')"
+        "import sys; from transformers import AutoModel; from transformers.utils import logging\n"
+        "for folder in sys.argv[1:]:\n"
+        "    print('== next', file=sys.stderr)\n"
+        "    logging.warning_once.cache_clear()\n"
+        "    for _ in range(2):\n"
+        "        AutoModel.from_pretrained(folder, trust_remote_code=True).embed_query('Who?')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, cwd=tmp_path
+        [sys.executable, "-c", script, *map(str, folders.values())],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    said = [line for line in done.stderr.splitlines() if "was trained with" in line or "was saved with" in line]
-    assert len(said) == (0 if change is None else 1), done.stderr[-2000:]
+    said = {
+        change: [line for line in part.splitlines() if "was trained with" in line or "was saved with" in line]
+        for change, part in zip(folders, done.stderr.split("== next")[1:], strict=True)
+    }
+    assert {change: len(lines) for change, lines in said.items()} == {
+        "template": 1,
+        "vocabulary": 1,
+        "library": 1,
+        "nothing": 0,
+    }, done.stderr[-2000:]
 
 
 def test_auto_classes_know_the_saved_model(tiny_model: NativeRetrievalModel, tmp_path: Path):
