@@ -384,6 +384,7 @@ class CopyPath(nn.Module):
 
     NUM_SEGMENTS = 64
     BIAS_SCALE = 20.0  # the biases are logits: at a head's learning rate they would hardly move by one in an epoch
+    TOPIC_DECAY = 0.6  # of a turn's words, with each special token that lies between: two or three a turn
 
     def __init__(self, config: NativeRetrievalConfig):
         super().__init__()
@@ -393,6 +394,8 @@ class CopyPath(nn.Module):
         self.query = nn.Linear(2 * config.head_dim, heads * width)
         self.key = nn.Parameter(torch.empty(heads, width, text.hidden_size))
         self.segment_bias = nn.Embedding(self.NUM_SEGMENTS, heads)
+        self.topic_threshold = nn.Parameter(torch.empty(heads))
+        self.topic_slope = nn.Parameter(torch.empty(heads))
         vocab_size = config.copy_vocab_size or text.vocab_size
         self.token_values = nn.Embedding(vocab_size, config.embedding_dim)
         self.token_salience = nn.Embedding(vocab_size, 1)
@@ -433,14 +436,26 @@ class CopyPath(nn.Module):
         scores = torch.einsum("bnh,bth->bnt", queries, states) * scale[:, None]
         scores = scores.gather(2, places[:, None].expand(-1, self.num_heads, -1))
         salience = self.BIAS_SCALE * self.token_salience(input_ids).squeeze(-1)
-        scores = scores + salience[:, None] + self.BIAS_SCALE * self.segment_bias(segments).transpose(1, 2)
+
+        # Each turn by itself, its words weighted as in `words`. Turns stand in order, so these are a bag of neighbours.
+        shares = salience.masked_fill(~mask, torch.finfo(salience.dtype).min)
+        shares = (shares - shares.amax(1, keepdim=True)).exp() * mask
+        rows = count * torch.arange(batch, device=turns.device)[:, None]
+        starts = torch.searchsorted(
+            (turns + rows).flatten(), (rows + torch.arange(count, device=turns.device)).flatten()
+        )
+        turn_words = F.embedding_bag(
+            input_ids.flatten(), self.token_values.weight, starts, per_sample_weights=shares.flatten(), mode="sum"
+        ).view(batch, count, -1)
+
+        off_topic = F.relu(self.topic_threshold[:, None, None] - self._relatedness(turn_words)).transpose(0, 1)
+        bias = self.segment_bias(segments).transpose(1, 2) - self.topic_slope[:, None] * off_topic.gather(
+            2, turns[:, None].expand_as(scores)
+        )
+        scores = scores + salience[:, None] + self.BIAS_SCALE * bias
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
         # A row with nothing to copy would otherwise spread its weight over padding.
         weights = scores.softmax(-1) * mask.any(1)[:, None, None]
-
-        # Each turn by itself, its words weighted as in `words`.
-        salience = salience.masked_fill(~mask, torch.finfo(salience.dtype).min)
-        shares = (salience - salience.amax(1, keepdim=True)).exp() * mask
 
         # What the heads and the turns weigh, as weights of the prompt's tokens.
         tokens = states.shape[1]
@@ -454,17 +469,21 @@ class CopyPath(nn.Module):
         copied = torch.einsum("n,bnt->bt", self.gain, weights)
         vectors = vectors + self._sum_of_values(input_ids, copied) + self.state_value(mixed)
 
-        # Turns stand in order, so the words of each are a bag of neighbours.
-        rows = count * torch.arange(batch, device=turns.device)[:, None]
-        starts = torch.searchsorted(
-            (turns + rows).flatten(), (rows + torch.arange(count, device=turns.device)).flatten()
-        )
-        turn_words = F.embedding_bag(
-            input_ids.flatten(), self.token_values.weight, starts, per_sample_weights=shares.flatten(), mode="sum"
-        ).view(batch, count, -1)
         vectors, away = self.novelty(vectors, summary, turn_words, turn_states)
         weights = torch.cat((self.gain.expand(batch, -1), -away), dim=1)
         return vectors, torch.einsum("bn,bnt->bt", weights, spread)
+
+    @classmethod
+    def _relatedness(cls, turn_words: torch.Tensor) -> torch.Tensor:
+        """
+        How near each turn, read with its neighbours, is to the last question read with its own: a cosine, `(batch, turns)`.
+        Numbers alone cannot tell a far turn of this topic from a near one of another.
+        """
+        words = turn_words.detach().clone()
+        words[:, -1] = 0  # what an agent has said and called since
+        number = torch.arange(words.shape[1], device=words.device)
+        blurred = F.normalize(cls.TOPIC_DECAY ** (number[:, None] - number).abs() @ words, dim=-1)
+        return torch.einsum("bnd,bd->bn", blurred, blurred[:, -1])
 
     @staticmethod
     def _scale(states: torch.Tensor) -> torch.Tensor:
@@ -693,7 +712,17 @@ class NativeRetrievalModel(PreTrainedModel):
     # The head's time is that of reading its weights, once, so its large maps take the backbone's precision. What the copy
     # path adds up stays in full precision.
     _keep_in_fp32_modules_strict = [
-        f"copy_path.{name}" for name in ("key", "segment_bias", "token_values", "token_salience", "gain", "novelty")
+        f"copy_path.{name}"
+        for name in (
+            "key",
+            "segment_bias",
+            "topic_threshold",
+            "topic_slope",
+            "token_values",
+            "token_salience",
+            "gain",
+            "novelty",
+        )
     ]
 
     def __init__(self, config: NativeRetrievalConfig, backbone: PreTrainedModel | None = None):
@@ -725,6 +754,8 @@ class NativeRetrievalModel(PreTrainedModel):
             init.normal_(module.key, std=0.02)
             init.constant_(module.gain, 1.0 / module.num_heads)
             init.zeros_(module.segment_bias.weight)
+            init.constant_(module.topic_threshold, 0.6)
+            init.constant_(module.topic_slope, 0.4)
             init.zeros_(module.token_salience.weight)
         elif isinstance(module, Novelty):
             init.zeros_(module.turn_gate.bias)  # half open
