@@ -75,6 +75,12 @@ def own_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     datasets.config.HF_DATASETS_CACHE = before
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with ChatML; a line end is the ordinary token `Ċ`."""
     tokenizer = Tokenizer(models.BPE())

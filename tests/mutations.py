@@ -306,6 +306,20 @@ MUTATIONS = [
         "head::test_what_an_agent_does_since_does_not_move_the_question",
     ),
     Mutation(
+        "copy path: what an agent does is part of the topic",
+        MODEL,
+        "words[:, -1] = 0",
+        "words[:, -1] *= 1",
+        "head::test_the_copy_path_is_attention_over_normed_states",
+    ),
+    Mutation(
+        "copy path: other topics are copied as this one",
+        MODEL,
+        "- self.topic_slope[:, None] * off_topic",
+        "- 0 * self.topic_slope[:, None] * off_topic",
+        "head::test_words_of_another_topic_are_left",
+    ),
+    Mutation(
         "copy path: values of states that are not normed",
         MODEL,
         'torch.einsum("bnt,bth->bnh", spread * scale[:, None], states)',
