@@ -394,7 +394,7 @@ class CopyPath(nn.Module):
         self.query = nn.Linear(2 * config.head_dim, heads * width)
         self.key = nn.Parameter(torch.empty(heads, width, text.hidden_size))
         self.segment_bias = nn.Embedding(self.NUM_SEGMENTS, heads)
-        self.topic_threshold = ZeroLinear(2 * config.head_dim, heads)
+        self.topic_threshold = nn.Parameter(torch.empty(heads))
         self.topic_slope = nn.Parameter(torch.empty(heads))
         vocab_size = config.copy_vocab_size or text.vocab_size
         self.token_values = nn.Embedding(vocab_size, config.embedding_dim)
@@ -448,7 +448,7 @@ class CopyPath(nn.Module):
             input_ids.flatten(), self.token_values.weight, starts, per_sample_weights=shares.flatten(), mode="sum"
         ).view(batch, count, -1)
 
-        off_topic = F.relu(self.topic_threshold(summary.float())[..., None] - self._relatedness(turn_words)[:, None])
+        off_topic = F.relu(self.topic_threshold[:, None] - self._relatedness(turn_words)[:, None])
         bias = self.segment_bias(segments).transpose(1, 2) - self.topic_slope[:, None] * off_topic.gather(
             2, turns[:, None].expand_as(scores)
         )
@@ -754,7 +754,7 @@ class NativeRetrievalModel(PreTrainedModel):
             init.normal_(module.key, std=0.02)
             init.constant_(module.gain, 1.0 / module.num_heads)
             init.zeros_(module.segment_bias.weight)
-            init.constant_(module.topic_threshold.bias, 0.6)
+            init.constant_(module.topic_threshold, 0.6)
             init.constant_(module.topic_slope, 0.4)
             init.zeros_(module.token_salience.weight)
         elif isinstance(module, Novelty):

@@ -184,8 +184,7 @@ def test_the_copy_path_is_attention_over_normed_states(tiny_model: NativeRetriev
     with torch.no_grad():
         path.novelty.turn_gate.bias.fill_(-10.0)
         torch.nn.init.normal_(path.state_value.weight)
-        path.topic_threshold.weight.normal_()
-        path.topic_threshold.bias.uniform_(0.8, 1.0)
+        path.topic_threshold.uniform_(0.8, 1.0)
         path.topic_slope.uniform_(0.1, 0.5)
         seen, weights = path(vectors, summary, states, *words)
         longer, _ = path(vectors, summary, 100 * torch.rand(places.max() + 1, 1).add(1) * states, *words)
@@ -195,8 +194,7 @@ def test_the_copy_path_is_attention_over_normed_states(tiny_model: NativeRetriev
         keys = torch.einsum("bth,ndh->btnd", normed, path.key)
         scores = torch.einsum("bnd,btnd->btn", queries, keys) / path.key.shape[1] ** 0.5
         scores += path.BIAS_SCALE * (path.token_salience(ids) + path.segment_bias(segments))
-        threshold = path.topic_threshold(summary)[:, None]
-        scores -= path.BIAS_SCALE * path.topic_slope * F.relu(threshold - related(path, *words)[..., None])
+        scores -= path.BIAS_SCALE * path.topic_slope * F.relu(path.topic_threshold - related(path, *words)[..., None])
         wanted = scores.masked_fill(~mask[..., None], -torch.inf).softmax(1)
         values = path.gain[:, None] * path.token_values(ids)[:, :, None]
         mixed = torch.einsum("btn,bth->bnh", wanted, normed)
@@ -218,7 +216,7 @@ def test_words_of_another_topic_are_left(tiny_model: NativeRetrievalModel):
     with torch.no_grad():
         tiny_model.copy_path.token_values.weight.normal_(generator=generator)
         tiny_model.copy_path.novelty.turn_gate.bias.fill_(-10.0)
-        tiny_model.copy_path.topic_threshold.bias.fill_(0.8)
+        tiny_model.copy_path.topic_threshold.fill_(0.8)
         shares = []
         for slope in (0.0, 5.0):
             tiny_model.copy_path.topic_slope.fill_(slope)
