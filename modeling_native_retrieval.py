@@ -449,10 +449,9 @@ class CopyPath(nn.Module):
         ).view(batch, count, -1)
 
         off_topic = F.relu(self.topic_threshold[:, None] - self._relatedness(turn_words)[:, None])
-        bias = self.segment_bias(segments).transpose(1, 2) - self.topic_slope[:, None] * off_topic.gather(
-            2, turns[:, None].expand_as(scores)
-        )
-        scores = scores + salience[:, None] + self.BIAS_SCALE * bias
+        bias = self.segment_bias.weight[:count].flip(0).T - self.topic_slope[:, None] * off_topic
+        bias = self.BIAS_SCALE * bias.gather(2, turns[:, None].expand_as(scores))
+        scores = scores + salience[:, None] + bias
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
         # A row with nothing to copy would otherwise spread its weight over padding.
         weights = scores.softmax(-1) * mask.any(1)[:, None, None]
