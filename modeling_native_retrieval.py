@@ -320,7 +320,7 @@ class ProjectionHead(nn.Module):
 
 def _mean_and_newest(states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     weights = mask.to(states.dtype)
-    mean = torch.einsum("bt,bth->bh", weights / weights.sum(1, keepdim=True), states)
+    mean = ((weights / weights.sum(1, keepdim=True))[:, None] @ states).squeeze(1)
     newest = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
     return mean, states[torch.arange(len(states), device=states.device), newest]
 
@@ -363,10 +363,10 @@ class Novelty(nn.Module):
         gate = (self.turn_gate(turn_states).squeeze(-1) + self.question_gate(summary.float())) * self.GATE_SCALE
         gate = gate.sigmoid()
         turns = (gate / turn_length)[..., None] * turn_words
-        excess = F.relu(torch.einsum("bnd,bd->bn", turns, vectors) - gate * self.threshold * length)
+        excess = F.relu((turns @ vectors[..., None]).squeeze(-1) - gate * self.threshold * length)
         ridge = self.log_ridge.exp() * torch.eye(turns.shape[1], device=turns.device)
         away = torch.linalg.solve(turns @ turns.mT + ridge, excess)
-        return vectors - torch.einsum("bn,bnd->bd", away, turns), away * gate / turn_length
+        return vectors - (away[:, None] @ turns).squeeze(1), away * gate / turn_length
 
 
 class CopyPath(nn.Module):
@@ -431,9 +431,9 @@ class CopyPath(nn.Module):
         count = int(segments.max()) + 1
         turns = count - 1 - segments
         scale = self._scale(states)
-        queries = self.query(summary).view(batch, self.num_heads, -1).float()
-        queries = self.dropout(torch.einsum("bnd,ndh->bnh", queries, self.key)) * self.key.shape[1] ** -0.5
-        scores = torch.einsum("bnh,bth->bnt", queries, states) * scale[:, None]
+        queries = self.query(summary).view(batch, self.num_heads, 1, -1).float()
+        queries = self.dropout(queries @ self.key).squeeze(2) * self.key.shape[1] ** -0.5
+        scores = queries @ states.mT * scale[:, None]
         scores = scores.gather(2, places[:, None].expand(-1, self.num_heads, -1))
         salience = self.BIAS_SCALE * self.token_salience(input_ids).squeeze(-1)
 
@@ -462,15 +462,15 @@ class CopyPath(nn.Module):
         by_head = by_head.scatter_add(2, places[:, None].expand_as(weights), weights)
         by_turn = shares.new_zeros(batch, count * tokens).scatter_add(1, turns * tokens + places, shares)
         spread = torch.cat((by_head, by_turn.view(batch, count, tokens)), dim=1)
-        sums = torch.einsum("bnt,bth->bnh", spread * scale[:, None], states)
+        sums = spread * scale[:, None] @ states
         mixed, turn_states = sums.split((self.num_heads, count), dim=1)
         mixed = self.dropout(mixed.flatten(1)).to(self.state_value.weight.dtype)
-        copied = torch.einsum("n,bnt->bt", self.gain, weights)
+        copied = self.gain @ weights
         vectors = vectors + self._sum_of_values(input_ids, copied) + self.state_value(mixed)
 
         vectors, away = self.novelty(vectors, summary, turn_words, turn_states)
         weights = torch.cat((self.gain.expand(batch, -1), -away), dim=1)
-        return vectors, torch.einsum("bn,bnt->bt", weights, spread)
+        return vectors, (weights[:, None] @ spread).squeeze(1)
 
     @classmethod
     def _relatedness(cls, turn_words: torch.Tensor) -> torch.Tensor:
@@ -482,7 +482,7 @@ class CopyPath(nn.Module):
         words[:, -1] = 0  # what an agent has said and called since
         number = torch.arange(words.shape[1], device=words.device)
         blurred = F.normalize(cls.TOPIC_DECAY ** (number[:, None] - number).abs() @ words, dim=-1)
-        return torch.einsum("bnd,bd->bn", blurred, blurred[:, -1])
+        return (blurred @ blurred[:, -1, :, None]).squeeze(-1)
 
     @staticmethod
     def _scale(states: torch.Tensor) -> torch.Tensor:

@@ -322,8 +322,8 @@ MUTATIONS = [
     Mutation(
         "copy path: values of states that are not normed",
         MODEL,
-        'torch.einsum("bnt,bth->bnh", spread * scale[:, None], states)',
-        'torch.einsum("bnt,bth->bnh", spread, states)',
+        "spread * scale[:, None] @ states",
+        "spread @ states",
         "head::test_the_copy_path_is_attention_over_normed_states",
     ),
     Mutation(
