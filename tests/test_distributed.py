@@ -79,9 +79,10 @@ def check_equal(one: list[dict], two: list[dict]) -> None:
         assert double["loss"].item() == pytest.approx(single["loss"].item(), rel=1e-4)
         assert single["gradients"].keys() == double["gradients"].keys()
         for name, gradient in single["gradients"].items():
-            # Of a gradient below 1e-3, what float32 rounds off the sums behind it is more than 1e-4.
+            # Of a gradient that is a small difference of large sums, as `gain`'s, float32 rounds off some 1e-4; a mean over
+            # the wrong number of queries, or negatives that are not gathered, differ by far more.
             scale = gradient.abs().max().clamp(min=1e-3)
-            assert torch.allclose(double["gradients"][name] / scale, gradient / scale, atol=1e-4), name
+            assert torch.allclose(double["gradients"][name] / scale, gradient / scale, atol=5e-4), name
     assert one[-1]["gradients"]
 
 
