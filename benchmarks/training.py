@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import faiss
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from modeling_native_retrieval import NativeRetrievalModel
 from native_retrieval.cli import CommandParser, one_line_errors
@@ -73,7 +74,7 @@ def probe_against_lora(model, backbone: str, prompts: list[list[int]]) -> list[d
     from transformers import AutoModelForCausalLM
 
     lora = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(backbone),
+        AutoModelForCausalLM.from_pretrained(backbone, dtype=model.backbone.dtype),
         LoraConfig(r=model.config.adapter_rank, target_modules="all-linear"),
     ).train()
     projection = torch.nn.Linear(model.config.text_config.hidden_size, model.config.embedding_dim)
@@ -97,7 +98,7 @@ def probe_against_lora(model, backbone: str, prompts: list[list[int]]) -> list[d
     }
     optimizers = {name: torch.optim.AdamW(weights) for name, (_, weights) in ways.items()}
     seconds = dict.fromkeys(ways, 0.0)
-    for step in range(1 + LORA_STEPS):
+    for step in tqdm(range(1 + LORA_STEPS), desc="The probe, and LoRA", unit="step"):
         batch = prompts[step * LORA_BATCH : (step + 1) * LORA_BATCH]
         input_ids, mask = model.pad(batch)
         target = torch.nn.functional.normalize(torch.randn(len(batch), model.config.embedding_dim), dim=-1)
@@ -173,6 +174,18 @@ def memory(backbone: str) -> None:
     print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
+def shown(rows: list[dict]) -> list[dict]:
+    for row in rows:
+        ratio = "".join(
+            f"  {value:.3f} {name.replace('_', ' ')}" for name, value in row.items() if name.startswith("of_")
+        )
+        peak = f"  peak {row['peak_rss_mb']} MiB" if "peak_rss_mb" in row else ""
+        print(
+            f"{row['what']:45} {row['seconds']:8.1f} s  {row['queries_per_s']:9.1f} queries/s{ratio}{peak}", flush=True
+        )
+    return rows
+
+
 @one_line_errors("training.py")
 def main() -> None:
     parser = CommandParser("training.py", __doc__)
@@ -189,6 +202,7 @@ def main() -> None:
         return memory(arguments.backbone)
     if not (arguments.teacher and arguments.data and arguments.output):
         parser.error("--teacher, --data and --output are needed")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         teacher = Teacher(arguments.teacher, cache_dir=folder)
         model = NativeRetrievalModel.from_backbone(
@@ -202,22 +216,20 @@ def main() -> None:
             check=True,
         ).stdout.split()
         seconds, peak = float(peak[-2]), int(peak[-1])
-        rows = [
-            {
-                "what": f"{MEMORY_STEPS} steps over 50,000 cached queries",
-                "seconds": round(seconds, 1),
-                "queries_per_s": round(64 * MEMORY_STEPS / seconds, 1),
-                "peak_rss_mb": peak,
-            }
-        ]
-        rows += probe_against_lora(
-            model, arguments.backbone, [model.build_prompt(m) for m in task.queries["messages"][:256]]
-        )
+        row = {
+            "what": f"{MEMORY_STEPS} steps over 50,000 cached queries",
+            "seconds": round(seconds, 1),
+            "queries_per_s": round(64 * MEMORY_STEPS / seconds, 1),
+            "peak_rss_mb": peak,
+        }
+        rows += shown([row])
+        prompts = [model.build_prompt(messages) for messages in task.queries["messages"][:256]]
+        rows += shown(probe_against_lora(model, arguments.backbone, prompts))
         model.requires_grad_(False)
         model.head.requires_grad_(True)
         model.copy_path.requires_grad_(True)
-        rows += frozen_features(model, teacher, task, folder, arguments.queries)
-        rows += ranking(teacher)
+        rows += shown(frozen_features(model, teacher, task, folder, arguments.queries))
+        rows += shown(ranking(teacher))
     result = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(),
@@ -227,12 +239,7 @@ def main() -> None:
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
-    for row in rows:
-        ratio = "".join(
-            f"  {value:.3f} {name.replace('_', ' ')}" for name, value in row.items() if name.startswith("of_")
-        )
-        peak = f"  peak {row['peak_rss_mb']} MiB" if "peak_rss_mb" in row else ""
-        print(f"{row['what']:45} {row['seconds']:8.1f} s  {row['queries_per_s']:9.1f} queries/s{ratio}{peak}")
+    print(f"Written: {output}")
 
 
 if __name__ == "__main__":

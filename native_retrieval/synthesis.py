@@ -801,6 +801,8 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from modeling_native_retrieval import processor_has_bfloat16
+
     from .cli import Parser
 
     groups = {"options": [field.name for field in fields(SynthesisArguments)]}
@@ -815,11 +817,13 @@ def main(argv: list[str] | None = None) -> int:
         corpus = load_corpus(arguments.corpus)
         if arguments.llm is not None:
             try:
-                model = AutoModelForCausalLM.from_pretrained(arguments.llm, dtype="auto")
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+                dtype = "auto" if device == "cuda" or processor_has_bfloat16() else torch.float32
+                model = AutoModelForCausalLM.from_pretrained(arguments.llm, dtype=dtype)
                 tokenizer = AutoTokenizer.from_pretrained(arguments.llm)
             except (ValueError, OSError) as error:
                 raise ValueError(f"--llm {arguments.llm} cannot be loaded: {error}") from error
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            model.to(device)
             generator = LLMGenerator(model, tokenizer, seed=arguments.seed)
         counts = synthesise(corpus, arguments.output, generator, arguments.num_conversations, seed=arguments.seed)
     except (ValueError, OSError) as error:
