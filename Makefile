@@ -49,7 +49,7 @@ BACKBONE ?= .cache/demo/SmolLM2-135M-Instruct
 TEACHER ?= .cache/demo/all-MiniLM-L6-v2
 BENCH_DIR ?= results
 
-bench: $(STAMP) ## Measure speed: query path, turn, throughput, training, index of a million vectors (20 minutes; 45 without bfloat16)
+bench: $(STAMP) ## Measure speed: query path, turn, throughput, training, index of a million vectors (20 minutes; twice that without bfloat16)
 	@$(BIN)/python benchmarks/latency.py --model $(MODEL) --index $(INDEX) --output $(BENCH_DIR)/bench-latency.json
 	@$(BIN)/python benchmarks/turn.py --model $(MODEL) --index $(INDEX) --output $(BENCH_DIR)/bench-turn.json
 	@$(BIN)/python benchmarks/throughput.py --model $(MODEL) --data $(DATA) --output $(BENCH_DIR)/bench-throughput.json
