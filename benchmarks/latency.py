@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from modeling_native_retrieval import Probe, processor_has_bfloat16
@@ -36,7 +35,7 @@ from native_retrieval.loading import load_model
 from native_retrieval.report import environment
 from native_retrieval.teacher import Teacher
 
-WARM_UP = 3
+WARM_UP = 2
 TOP_K = 10
 # The longest query that is written: on QReCC's conversations the median is 11 tokens and the mean 13, but a conversation made
 # of repeated text runs on.
@@ -213,6 +212,9 @@ if {two_models}:
     teacher = Teacher(model.config.teacher_name_or_path, model.config.teacher_revision)
     vectors = teacher.encode([model.tokenizer.decode(model.write_queries(model.prefill(ids))[1][0]) or "."])
 else:
+    if {mode!r} == "probe":
+        from benchmarks.latency import with_probe
+        model = with_probe(model)
     vectors = model.embed_query(ids, mode={mode!r}, return_cache=True).query_embeddings.float().cpu().numpy()
 index.search(vectors, 10)
 print("sentence_transformers" in sys.modules, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
@@ -226,6 +228,7 @@ def peak_memory(model, arguments) -> dict[str, int]:
         ("generate-then-encode", None),
         ("native-generated", "generated"),
         ("native-context", "context"),
+        ("native-probe", "probe"),
     ):
         program = MEMORY.format(
             root=str(Path(__file__).resolve().parent.parent),
@@ -253,6 +256,8 @@ def medians(rows: list[dict], tokens: int, dtype: str) -> dict[str, dict[str, fl
 
 
 def draw(result: dict, path: Path) -> None:
+    from matplotlib.figure import Figure  # not in the processes whose memory is measured
+
     lengths, dtype = list(dict.fromkeys(row["prompt_tokens"] for row in result["rows"])), result["rows"][0]["dtype"]
     figure = Figure(figsize=(7.5, 1.0 + 1.35 * len(lengths)), layout="constrained")
     panels = figure.subplots(len(lengths), 1, squeeze=False)[:, 0]

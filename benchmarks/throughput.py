@@ -51,7 +51,7 @@ def main() -> None:
     conversations = list(load_queries(arguments.data)["messages"])
     conversations = [conversations[i % len(conversations)] for i in range(arguments.conversations)]
     prompts = [model.build_prompt(messages) for messages in conversations]
-    few = slice(0, None, 4)  # are enough to see what one at a time costs
+    few = slice(0, None, 8)  # are enough to see what one at a time costs
     ways = {
         "the bare backbone's prefill": (slice(None), lambda rows: prefill_bare(model, prompts[rows])),
         "embed_query, context": (

@@ -75,8 +75,8 @@ def measure(turn: Turn, tokens: int, rounds: int) -> list[dict]:
         answered, cache = timed("native-context", turn.native_context, ids)
         longer = torch.cat((answered, more), dim=1)
         timed("next turn, native-context", turn.native_context, longer, cache)
-        timed("next turn, native-context from nothing", turn.native_context, longer)
-        if round_:
+        if round_:  # the first round warms up, and this has nothing new in it
+            timed("next turn, native-context from nothing", turn.native_context, longer)
             for name, value in times.items():
                 seconds[name].append(value)
     return [
