@@ -94,7 +94,9 @@ class EvalArguments:
     )
     figures: str | None = field(
         default=None,
-        metadata={"help": "Directory for two figures: quality by depth of the conversation, quality against latency."},
+        metadata={
+            "help": "Directory for two figures, quality by depth of the conversation and against latency, and the report's."
+        },
     )
     report: str | None = field(
         default=None,
@@ -270,7 +272,9 @@ def evaluate(arguments: EvalArguments, command: str) -> dict[str, Any]:
     if arguments.report:
         from native_retrieval.failures import write_failure_report
 
-        for path in write_failure_report(arguments.report, result, runs, task, comparison):
+        name = f"{Path(arguments.output).stem}-failures.png"
+        figure = Path(arguments.figures, name) if arguments.figures else None
+        for path in write_failure_report(arguments.report, result, runs, task, comparison, figure=figure):
             print(f"Written: {path}")
     return result
 

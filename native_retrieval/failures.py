@@ -26,15 +26,17 @@ def write_failure_report(
     task: Task,
     comparison: Comparison,
     method: str | None = None,
+    figure: str | os.PathLike[str] | None = None,
 ) -> list[Path]:
     """
-    Writes a page of Markdown, and one figure beside it, and returns both paths.
+    Writes a page of Markdown and its figure, and returns both paths.
 
     Args:
         path: of the Markdown file.
         result: as `report.build_result` makes it, with generate-then-encode and a native mode among its methods.
         runs: what `comparison.runs()` gave.
         method: the native mode to look at; the model's own default if absent, or else the first there is.
+        figure: where the figure goes; by default beside the page, under its name.
 
     Raises:
         `ValueError`: if either method is not in the result.
@@ -44,8 +46,10 @@ def write_failure_report(
         raise ValueError(f"a failure report needs {BASELINE} and a native mode among the methods")
     default = f"native-{comparison.model.config.query_mode}"
     method = method or (default if default in native else native[0])
-    path, figure_path = Path(path), Path(path).with_suffix(".png")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    figure_path = Path(figure or path.with_suffix(".png"))
+    for file in (path, figure_path):
+        file.parent.mkdir(parents=True, exist_ok=True)
     splits = {
         "Depth of the conversation (user turns so far)": _by_depth(result),
         "Change of topic": _by_switch(task),
@@ -60,7 +64,7 @@ def write_failure_report(
         f"language model writes a query, the embedding model encodes it. A hit is a relevant document among the first "
         f"{CUTOFF}; MRR is the mean of 1 / its rank, 0 past {CUTOFF}.",
         "",
-        f"![Hits by group]({figure_path.name})",
+        f"![Hits by group]({Path(os.path.relpath(figure_path, path.parent)).as_posix()})",
         "",
     ]
     for name, groups in splits.items():

@@ -72,8 +72,10 @@ def test_end_to_end(capsys):
     assert len(result["methods"]["generate-then-encode"]["queries"]) == 6
     assert result["methods"]["human-rewrite"]["recall@10"] == 1.0
     assert result["environment"]["dtype"] == "float32"
-    assert sorted(path.name for path in Path("figures").iterdir()) == ["test-by-turn.png", "test-quality-latency.png"]
-    assert "Where native-" in Path("page.md").read_text() and Path("page.png").is_file()
+    figures = ["test-by-turn.png", "test-failures.png", "test-quality-latency.png"]
+    assert sorted(path.name for path in Path("figures").iterdir()) == figures
+    page = Path("page.md").read_text()
+    assert "Where native-" in page and "(figures/test-failures.png)" in page
     printed = capsys.readouterr().out
     assert all(name in printed for name in METHODS)
     assert "index search, the same for all vectors, is left out" in printed

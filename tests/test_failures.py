@@ -37,6 +37,12 @@ def test_the_page_counts_every_query_in_each_split(evaluated, tmp_path):
     assert "4 queries come after a turn" in text  # two conversations of three turns
 
 
+def test_the_figure_may_lie_elsewhere(evaluated, tmp_path):
+    page, figure = write_failure_report(tmp_path / "page.md", *evaluated, figure=tmp_path / "figures" / "hits.png")
+    assert "(figures/hits.png)" in page.read_text() and figure.is_file()
+    assert not (tmp_path / "page.png").exists()
+
+
 def test_the_page_names_the_queries_that_are_lost(evaluated, tmp_path):
     result, runs, task, comparison = evaluated
     lost = task.queries["_id"][3]
