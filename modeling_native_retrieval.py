@@ -777,6 +777,10 @@ class NativeRetrievalModel(PreTrainedModel):
             base.register_forward_hook(_record_states, with_kwargs=True)
         if self.probe is None:
             return
+        if not torch.accelerator.is_available():
+            # Several tokens behind a cache have a mask, and transformers then writes each key and value out once for each
+            # query head that shares it; a processor's kernel needs no copies. A third of the probe's time at 4,096 tokens.
+            os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
         for name, layer in _adapted_layers(self.config, self.backbone):
             hooks = layer._forward_hooks.values()
             if not any(isinstance(hook, partial) and hook.func is _add_adapter for hook in hooks):
@@ -1204,14 +1208,15 @@ class NativeRetrievalModel(PreTrainedModel):
 
     def _reading_part(self) -> nn.Module:
         """The backbone up to the last layer that is read, a view of it: those behind serve generation alone."""
-        base, depth = self.backbone.base_model, max(self.config.hidden_state_layers) + 1
+        base, depth = self.backbone.base_model, max(self.config.hidden_state_layers)
         # Its first pass is a whole one: in it transformers hooks the layers, and would hook those of each copy again.
         hooked = getattr(base, "_output_capturing_hooks_installed", False)
-        if not hooked or depth >= getattr(base.config, "num_hidden_layers", 0):
+        if not hooked or not 0 < depth < getattr(base.config, "num_hidden_layers", 0):
             return base
         part = copy.copy(base)
         part.config = copy.copy(base.config)
         part.config.num_hidden_layers = depth
+        part.config.tie_last_hidden_states = False  # the last layer's states as they are, without the norm behind them
         return part
 
     @torch.no_grad()

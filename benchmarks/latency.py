@@ -4,18 +4,19 @@ From the finished prefill to the documents, in milliseconds, each way and its pa
 
     python benchmarks/latency.py --model outputs/best --index .cache/demo/index --output results/bench-latency.json
 
-One conversation at several lengths, in bf16 and fp32; the ways take turns in each round, so that whatever slows the
-machine down slows all of them. Medians; the first rounds are dropped. The prompt is prefilled once a length: no way
-changes its cache. The cache knows what the copy path has read of older turns, in the teacher's tokens; the last user's turn
-is read anew each time, on the head's clock. (What it takes to read all turns, as when a whole conversation arrives at once,
-is "words" in the prefill's row.) Besides: one decode step; the paper's comparison, the head on the written query's states against the
-teacher's encoding of the same query (its 21.8x is with a teacher of 8B); and the peak memory of a process that serves
-one way and nothing else.
+One conversation at several lengths, in bf16 and fp32; the ways take turns in each round, in a random order, so that
+whatever slows the machine down slows all of them, and none always follows the same other. Medians; the first rounds
+are dropped. The prompt is prefilled once a length: no way changes its cache. The cache knows what the copy path has
+read of older turns, in the teacher's tokens; the last user's turn is read anew each time, on the head's clock. (What
+it takes to read all turns, as when a whole conversation arrives at once, is "words" in the prefill's row.) Besides:
+one decode step; the paper's comparison, the head on the written query's states against the teacher's encoding of the
+same query (its 21.8x is with a teacher of 8B); and the peak memory of a process that serves one way and nothing else.
 
 A model without a probe is given an untrained one, which takes as long.
 """
 
 import json
+import random
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ TEXT = (
 )
 QUESTION = "When was the museum in it opened, and who runs it today?"
 WAYS = ("generate-then-encode", "native-generated", "native-context", "native-probe")
+COMPARED = ("decode step", "head on the query", "teacher on the query")
 PARTS = ("decode", "teacher", "probe", "head", "search")
 COLOURS = {"decode": "#E69F00", "teacher": "#6E6E6E", "probe": "#D55E00", "head": "#0072B2", "search": "#222222"}
 
@@ -166,27 +168,34 @@ def measure(ways: Ways, tokens: int, dtype: str, rounds: int) -> list[dict]:
     """Rows of every way at one length: `{prompt_tokens, dtype, method, part, p50_ms, p95_ms}`."""
     model = ways.model
     ids = torch.tensor([conversation_of(model, tokens)], device=model.backbone.device)
-    samples: dict[str, list[dict]] = defaultdict(list)
-    for _ in range(3):
+    samples: dict[str, list[dict]] = {name: [] for name in ("prefill", *WAYS, *COMPARED)}
+    for _ in range(2):
         clock = Clock()
         prefill = clock.time("prefill", model.prefill, ids)
         clock.time("words", model.words_of, ids, torch.ones_like(ids))
         samples["prefill"].append({"total": clock.parts["prefill"], "words": clock.parts["words"]})
     written, queries = model.write_queries(prefill)
     query = model.tokenizer.decode(queries[0]) or "."
+    shuffled = random.Random(0)
     for round_ in tqdm(range(WARM_UP + rounds), desc=f"{dtype}, {tokens} tokens", unit="round"):
         ways.written = None
-        for name, way in ways.all().items():
+        timed = [
+            *ways.all().items(),
+            (None, ways.decode_step),
+            (None, lambda clock, _: ways.head_alone(clock, written, query, max(1, len(queries[0])))),
+        ]
+        # Whatever follows another way finds memory that it has left, and lacks what it has pushed out of the caches.
+        shuffled.shuffle(timed)
+        for name, way in timed:
             clock = Clock()
             way(clock, prefill)
-            if round_ >= WARM_UP:
+            if round_ < WARM_UP:
+                continue
+            if name:
                 samples[name].append({"total": sum(clock.parts.values()), **clock.parts})
-        clock = Clock()
-        ways.decode_step(clock, prefill)
-        ways.head_alone(clock, written, query, max(1, len(queries[0])))
-        if round_ >= WARM_UP:
-            for name, value in clock.parts.items():
-                samples[name].append({"total": value})
+            else:
+                for part, value in clock.parts.items():
+                    samples[part].append({"total": value})
     rows = []
     for method, ones in samples.items():
         for part in ones[0]:

@@ -33,7 +33,7 @@ from native_retrieval.report import environment
 from native_retrieval.teacher import Teacher
 from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
 
-LORA_BATCH, LORA_STEPS = 16, 3
+LORA_BATCH, LORA_STEPS = 16, 2
 RANKED, RANKING_K = 50_000, 128
 CACHED_QUERIES, CACHED_TOKENS, MEMORY_STEPS = 50_000, 40, 40
 

@@ -105,7 +105,7 @@ def test_states_computed_before_give_the_same_vectors(model: NativeRetrievalMode
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_behind_the_last_one_read_run_for_generation_alone(make_model, family: str):
     model = make_model(family, hidden_state_layers=[1, 2])
-    blocks = [m for name, m in model.backbone.base_model.named_modules() if name.endswith(".3")]
+    blocks = [m for name, m in model.backbone.base_model.named_modules() if name.endswith(".2")]
     runs = []
     handle = blocks[0].register_forward_hook(lambda *_: runs.append(1))
     modes = ("context", "probe")
@@ -220,6 +220,14 @@ def test_a_new_probe_passes_as_the_words_that_ask_for_a_query(
     rows = prompts_of(model)
     states = model.pass_probe(model.prefill(*model.pad(rows)))
     assert_close(states, model.prefill(*model.pad([row + words for row in rows])).hidden_states[:, -3:])
+
+
+def test_a_probe_sees_the_same_whether_keys_are_written_out_for_each_head_or_not(model, monkeypatch):
+    prefill = model.prefill(*model.pad(prompts_of(model)))
+    monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "0")
+    written_out = model.pass_probe(prefill)
+    monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+    assert_close(model.pass_probe(prefill), written_out)
 
 
 def test_the_adapter_acts_on_the_probe_alone(model: NativeRetrievalModel):
