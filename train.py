@@ -376,15 +376,18 @@ def train_only(*parts, of) -> None:
 def choose_novelty_threshold(trainer) -> float:
     """
     Sets the cosine from which on a vector is turned away from a turn to the best on dev, beside the one that was learned,
-    and returns it: the losses see single documents, and not who comes first in the index.
+    and returns it: the losses see single documents, and not who comes first in the index. Each data set counts once, in
+    the mode that the model is saved with, if it was trained.
     """
-    novelty = trainer.accelerator.unwrap_model(trainer.model).copy_path.novelty
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    novelty, mode = model.copy_path.novelty, model.config.query_mode
+    parts = {name: part for name, part in trainer.eval_dataset.items() if part.mode == mode} or trainer.eval_dataset
     metric = f"eval_{trainer.args.metric_for_best_model.removeprefix('eval_')}"
     better = max if trainer.args.greater_is_better else min
     found, logged = {}, len(trainer.state.log_history)
     for threshold in (novelty.threshold.item(), *NOVELTY_THRESHOLDS):
         novelty.threshold.data.fill_(threshold)
-        found[threshold] = trainer.evaluate()[metric]
+        found[threshold] = trainer.evaluate(parts)[metric]
     del trainer.state.log_history[logged:]  # the card shows what was trained, and then what was chosen
     best = better(found, key=found.get)
     novelty.threshold.data.fill_(best)

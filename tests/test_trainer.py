@@ -565,11 +565,17 @@ def test_data_sets_are_seen_as_often_as_their_weights_say(stub_training, backbon
 
 
 def test_the_novelty_threshold_is_the_best_on_dev(tiny_model, examples, tmp_path, monkeypatch):
-    trainer = NativeRetrievalTrainer(tiny_model, arguments(tmp_path), examples(), {"dev": examples("dev")})
+    dev = {"dev_context": examples("dev"), "dev_generated": examples("dev", mode="generated")}
+    trainer = NativeRetrievalTrainer(tiny_model, arguments(tmp_path), examples(), dev)
     threshold = tiny_model.copy_path.novelty.threshold
     learned, better = threshold.item(), 0.2
     for best in (learned, better):
-        monkeypatch.setattr(trainer, "evaluate", lambda best=best: {"eval_ndcg@10": 1 - abs(threshold.item() - best)})
+
+        def evaluate(parts, best=best):
+            assert list(parts) == ["dev_context"]  # the mode that the model is saved with
+            return {"eval_ndcg@10": 1 - abs(threshold.item() - best)}
+
+        monkeypatch.setattr(trainer, "evaluate", evaluate)
         assert train.choose_novelty_threshold(trainer) == pytest.approx(threshold.item()) == pytest.approx(best)
         threshold.data.fill_(learned)
 
