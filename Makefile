@@ -58,7 +58,7 @@ bench: $(STAMP) ## Measure speed: query path, turn, throughput, training, index 
 	@$(BIN)/python benchmarks/index.py --index $(INDEX) --output $(BENCH_DIR)/bench-index.json
 
 bench-quick: BENCH_DIR = .cache/bench
-bench-quick: $(STAMP) ## The query path, the turn and a small index, in three minutes, into .cache/bench
+bench-quick: $(STAMP) ## The query path, the turn, throughput and a small index, in three minutes, into .cache/bench
 	@$(BIN)/python benchmarks/latency.py --model $(MODEL) --index $(INDEX) --lengths 64 256 \
 		--rounds 10 --output $(BENCH_DIR)/bench-latency.json
 	@$(BIN)/python benchmarks/turn.py --model $(MODEL) --index $(INDEX) --lengths 256 --rounds 3 \

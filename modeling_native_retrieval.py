@@ -83,7 +83,7 @@ def check_messages(messages: Conversation, name: str = "conversation") -> None:
 
 
 def _text(message: Message) -> str:
-    return (message["content"] or "").strip()
+    return (message.get("content") or "").strip()
 
 
 def merge_turns(messages: Conversation) -> Conversation:
@@ -777,10 +777,6 @@ class NativeRetrievalModel(PreTrainedModel):
             base.register_forward_hook(_record_states, with_kwargs=True)
         if self.probe is None:
             return
-        if not torch.accelerator.is_available():
-            # Several tokens behind a cache have a mask, and transformers then writes each key and value out once for each
-            # query head that shares it; a processor's kernel needs no copies. A third of the probe's time at 4,096 tokens.
-            os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
         for name, layer in _adapted_layers(self.config, self.backbone):
             hooks = layer._forward_hooks.values()
             if not any(isinstance(hook, partial) and hook.func is _add_adapter for hook in hooks):

@@ -83,7 +83,7 @@ class DataArguments:
     train_weights: list[float] = field(
         default_factory=list,
         metadata={
-            "help": "How often each of train_data is seen in an epoch (default: once). Below 1, that share of its "
+            "help": "How often each of train_data is seen in an epoch, in whole numbers (default: once). Below 1, that share of its "
             "queries, the first: the turns of a conversation stand together, and cost one pass."
         },
     )
@@ -152,6 +152,9 @@ class DataArguments:
                 f"train_weights {self.train_weights} must be one number above 0 for each of the {len(self.train_data)} "
                 "entries of train_data"
             )
+        for weight in self.train_weights:
+            if weight > 1 and weight != round(weight):
+                raise ValueError(f"train_weights has {weight:g}; above 1 give whole numbers, passes in an epoch")
         if self.rank_top_k < 2:
             raise ValueError(f"rank_top_k={self.rank_top_k} must be at least 2, as one document is no ranking")
 

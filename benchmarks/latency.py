@@ -6,8 +6,8 @@ From the finished prefill to the documents, in milliseconds, each way and its pa
 
 One conversation at several lengths, in bf16 and fp32; the ways take turns in each round, in a random order, so that
 whatever slows the machine down slows all of them, and none always follows the same other. Medians; the first rounds
-are dropped. The prompt is prefilled once a length: no way changes its cache. The cache knows what the copy path has
-read of older turns, in the teacher's tokens; the last user's turn is read anew each time, on the head's clock. (What
+are dropped. All of a length's rounds go on from one prefill, whose cache no way changes; its own time is the median of
+two. The cache knows what the copy path has read of older turns, in the teacher's tokens; the last user's turn is read anew each time, on the head's clock. (What
 it takes to read all turns, as when a whole conversation arrives at once, is "words" in the prefill's row.) Besides:
 one decode step; the paper's comparison, the head on the written query's states against the teacher's encoding of the
 same query (its 21.8x is with a teacher of 8B); and the peak memory of a process that serves one way and nothing else.
@@ -32,15 +32,15 @@ from tqdm.auto import tqdm
 from modeling_native_retrieval import Probe, processor_has_bfloat16
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex
-from native_retrieval.loading import load_model
+from native_retrieval.loading import load_model, share_keys_among_heads
 from native_retrieval.report import environment
 from native_retrieval.teacher import Teacher
 
 WARM_UP = 2
 TOP_K = 10
-# The longest query that is written: on QReCC's conversations the median is 11 tokens and the mean 13, but a conversation made
-# of repeated text runs on.
-QUERY_TOKENS = 12
+# The longest query that is kept: on QReCC's conversations the median is 11 tokens and the mean 13, but a conversation made of
+# repeated text runs on. One token more is generated, for the state of the last.
+QUERY_TOKENS = 11
 DTYPES = ("bfloat16", "float32")
 COMPUTED = DTYPES if torch.cuda.is_available() or processor_has_bfloat16() else ("float32",)
 TEXT = (
@@ -58,8 +58,8 @@ def conversation_of(model, tokens: int) -> list[int]:
     """Token ids of a conversation whose prompt has exactly this many."""
     messages = [{"role": "user", "content": QUESTION}]
     while len(model.build_prompt(messages)) < tokens:
-        history = [{"role": "user", "content": "Tell me more."}, {"role": "assistant", "content": TEXT * 4}]
-        messages = [*history, *messages]
+        text = " ".join(f"{len(messages)}.{i} {TEXT}" for i in range(4))  # a turn that is there twice is read once
+        messages = [{"role": "user", "content": "Tell me more."}, {"role": "assistant", "content": text}, *messages]
     ids = model.build_prompt(messages)
     return ids[:4] + ids[len(ids) - tokens + 4 :]
 
@@ -72,7 +72,20 @@ def with_probe(model):
             torch.nn.init.normal_(weight, std=0.02)
         model.probe.to(model.head.linear_in.weight)
         model._hook_backbone()
+        share_keys_among_heads()
     return model
+
+
+def load(path: str, dtype: str, lengths: list[int]):
+    """The model, its head in the backbone's precision."""
+    model = load_model(path)
+    model.backbone.to(getattr(torch, dtype))
+    if dtype == "float32":
+        model.float()
+    # Room for the turn that takes a prompt past the length it is then cut to: none may be dropped.
+    model.config.max_prompt_tokens = max(lengths) + 1024
+    model.config.max_query_tokens = QUERY_TOKENS
+    return with_probe(model)
 
 
 class Clock:
@@ -169,11 +182,12 @@ def measure(ways: Ways, tokens: int, dtype: str, rounds: int) -> list[dict]:
     model = ways.model
     ids = torch.tensor([conversation_of(model, tokens)], device=model.backbone.device)
     samples: dict[str, list[dict]] = {name: [] for name in ("prefill", *WAYS, *COMPARED)}
-    for _ in range(2):
+    for round_ in range(3):
         clock = Clock()
         prefill = clock.time("prefill", model.prefill, ids)
         clock.time("words", model.words_of, ids, torch.ones_like(ids))
-        samples["prefill"].append({"total": clock.parts["prefill"], "words": clock.parts["words"]})
+        if round_:
+            samples["prefill"].append({"total": clock.parts["prefill"], "words": clock.parts["words"]})
     written, queries = model.write_queries(prefill)
     query = model.tokenizer.decode(queries[0]) or "."
     shuffled = random.Random(0)
@@ -211,7 +225,7 @@ import resource, sys
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads({threads})
-from native_retrieval.loading import load_model
+from native_retrieval.loading import load_model, share_keys_among_heads
 from native_retrieval.index import DocumentIndex
 model = load_model({model!r})
 index = DocumentIndex.load({index!r})
@@ -300,19 +314,15 @@ def main() -> None:
         choices=DTYPES,
         nargs="+",
         default=COMPUTED,
-        help="of the backbone (default: those the processor has)",
+        help="of the model (default: those the processor has)",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--output", required=True, help="the JSON file to write; a figure goes into figures/ beside it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model, index = with_probe(load_model(arguments.model)), DocumentIndex.load(arguments.index)
+    model, index = load(arguments.model, arguments.dtypes[0], arguments.lengths), DocumentIndex.load(arguments.index)
     index.check_model(model.config)
-    # Room for the turn that takes a prompt past the length it is then cut to: none may be dropped.
-    model.config.max_prompt_tokens = max(arguments.lengths) + 1024
-    model.config.max_query_tokens = QUERY_TOKENS
     teacher = Teacher(model.config.teacher_name_or_path, model.config.teacher_revision)
-    ways = Ways(model, teacher, index)
     result = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(),
@@ -322,7 +332,7 @@ def main() -> None:
         "rows": [],
     }
     for dtype in arguments.dtypes:
-        model.backbone.to(getattr(torch, dtype))
+        ways = Ways(load(arguments.model, dtype, arguments.lengths), teacher, index)
         for tokens in arguments.lengths:
             result["rows"] += measure(ways, tokens, dtype, arguments.rounds)
     output = Path(arguments.output)

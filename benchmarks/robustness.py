@@ -140,6 +140,11 @@ def main() -> None:
     model = load_model(arguments.model)
     index = cached_index(arguments.cache_dir, task, load_teacher(settings, model))
     everyone = list(task.queries["messages"])
+    # A later turn of the same conversation would bring the answer, and is no other topic.
+    others = [
+        [messages for messages, other in zip(everyone, task.queries["conv"], strict=True) if other != own]
+        for own in task.queries["conv"]
+    ]
     result = {
         "dataset": task.name,
         "split": task.split,
@@ -152,7 +157,8 @@ def main() -> None:
     for name, change in VARIANTS.items():
         rng = random.Random(0)
         queries = task.queries.remove_columns("messages").add_column(
-            "messages", [change([dict(m) for m in messages], everyone, rng) for messages in everyone]
+            "messages",
+            [change([dict(m) for m in messages], rest, rng) for messages, rest in zip(everyone, others, strict=True)],
         )
         comparison = Comparison(model, None, index, queries, [arguments.method])
         metrics = per_query(comparison.runs()[arguments.method], task.qrels, comparison.query_ids)

@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--backbone", required=True, help="path or Hub id")
     parser.add_argument("--teacher", help="path or Hub id")
     parser.add_argument("--data", help="folder or Hub id in the BEIR layout with messages, with a train split")
-    parser.add_argument("--queries", type=int, default=512, help="of an epoch (default: %(default)s)")
+    parser.add_argument("--queries", type=int, default=384, help="of an epoch (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--output", help="the JSON file to write")
     parser.add_argument("--memory", action="store_true", help="only the process whose memory is measured")

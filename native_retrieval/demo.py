@@ -64,7 +64,7 @@ TRAINING_SOURCES = (
     "modeling_native_retrieval.py",
     *(
         f"native_retrieval/{name}.py"
-        for name in ("conversations", "data", "examples", "features", "losses", "teacher", "trainer")
+        for name in ("conversations", "data", "examples", "features", "losses", "teacher", "trainer", "variety")
     ),
 )
 EVALUATION_SOURCES = (

@@ -40,6 +40,15 @@ def model_folder(name_or_path: str | os.PathLike) -> Path:
     return folder
 
 
+def share_keys_among_heads() -> None:
+    """
+    Has transformers leave the sharing of keys to the attention kernel (grouped-query attention) where there is a mask, as
+    behind a cache: a probe's pass then takes a third less at 4,096 tokens. On an accelerator its fastest kernels would be lost.
+    """
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+
+
 def load_model(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
     """
     A model that train.py wrote, in eval mode, on the GPU if there is one.
@@ -60,6 +69,8 @@ def load_model(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
             f"model {name_or_path} does not say which teacher it was trained towards (teacher_name_or_path, "
             "teacher_fingerprint); train it with train.py"
         )
+    if model.probe is not None:
+        share_keys_among_heads()
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

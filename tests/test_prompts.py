@@ -48,6 +48,13 @@ def test_neighbours_of_one_role_are_joined(tiny_model: NativeRetrievalModel):
     )
 
 
+@pytest.mark.parametrize("said", [{}, {"content": None}, {"content": ""}])
+def test_an_agent_may_call_a_tool_and_say_nothing(tiny_model: NativeRetrievalModel, said: dict):
+    call = {"role": "assistant", "tool_calls": [{"id": "1"}], **said}
+    with_call = [user("Where is the bridge?"), call, {"role": "tool", "content": "In the north."}]
+    assert tiny_model.build_prompt(with_call) == tiny_model.build_prompt([with_call[0], with_call[2]])
+
+
 def test_empty_turns_are_dropped(tiny_model: NativeRetrievalModel):
     plain = [user("One."), assistant("Two."), user("Three.")]
     gaps = [

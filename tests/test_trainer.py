@@ -523,6 +523,7 @@ def test_the_probe_is_trained_in_a_stage_of_its_own(stub_training, backbone_dir,
         (["--backbone", "b", "--teacher", "t"], "train_data is missing"),
         (["--backbone", "b", "--teacher", "t", "--train_data", "d"], "dev_data is missing"),
         (["--train_data", "d", "--train_weights", "1", "2"], "one number above 0 for each of the 1 entries"),
+        (["--train_data", "d", "--train_weights", "1.5"], "above 1 give whole numbers"),
         (["--novelty_threshold", "2"], "must lie in 0 to 1"),
     ],
 )
