@@ -6,11 +6,12 @@ From the finished prefill to the documents, in milliseconds, each way and its pa
 
 One conversation at several lengths, in bf16 and fp32; the ways take turns in each round, in a random order, so that
 whatever slows the machine down slows all of them, and none always follows the same other. Medians; the first rounds
-are dropped. All of a length's rounds go on from one prefill, whose cache no way changes; its own time is the median of
-two. The cache knows what the copy path has read of older turns, in the teacher's tokens; the last user's turn is read anew each time, on the head's clock. (What
-it takes to read all turns, as when a whole conversation arrives at once, is "words" in the prefill's row.) Besides:
-one decode step; the paper's comparison, the head on the written query's states against the teacher's encoding of the
-same query (its 21.8x is with a teacher of 8B); and the peak memory of a process that serves one way and nothing else.
+are dropped. All of a length's rounds go on from one prefill, whose cache no way changes; its own time is the median
+of two. The cache knows what the copy path has read of older turns, in the teacher's tokens; the last user's turn is
+read anew each time, on the head's clock. (What it takes to read all turns, as when a whole conversation arrives at
+once, is "words" in the prefill's row.) Besides: one decode step; the paper's comparison, the head on the written
+query's states against the teacher's encoding of the same query (its 21.8x is with a teacher of 8B); and the peak
+memory of a process that serves one way and nothing else.
 
 A model without a probe is given an untrained one, which takes as long.
 """
@@ -225,7 +226,7 @@ import resource, sys
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads({threads})
-from native_retrieval.loading import load_model, share_keys_among_heads
+from native_retrieval.loading import load_model
 from native_retrieval.index import DocumentIndex
 model = load_model({model!r})
 index = DocumentIndex.load({index!r})
