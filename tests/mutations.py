@@ -287,8 +287,15 @@ MUTATIONS = [
     Mutation(
         "the part that is read is a layer short",
         MODEL,
-        "max(self.config.hidden_state_layers) + 1",
-        "max(self.config.hidden_state_layers)",
+        "self.backbone.base_model, max(self.config.hidden_state_layers)",
+        "self.backbone.base_model, max(self.config.hidden_state_layers) - 1",
+        "modeling::test_layers_behind_the_last_one_read_run_for_generation_alone",
+    ),
+    Mutation(
+        "the last layer that is read is normed",
+        MODEL,
+        "tie_last_hidden_states = False",
+        "tie_last_hidden_states = True",
         "modeling::test_layers_behind_the_last_one_read_run_for_generation_alone",
     ),
     Mutation(
