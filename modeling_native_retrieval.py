@@ -455,22 +455,26 @@ class CopyPath(nn.Module):
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
         # A row with nothing to copy would otherwise spread its weight over padding.
         weights = scores.softmax(-1) * mask.any(1)[:, None, None]
-
-        # What the heads and the turns weigh, as weights of the prompt's tokens.
-        tokens = states.shape[1]
-        by_head = weights.new_zeros(batch, self.num_heads, tokens)
-        by_head = by_head.scatter_add(2, places[:, None].expand_as(weights), weights)
-        by_turn = shares.new_zeros(batch, count * tokens).scatter_add(1, turns * tokens + places, shares)
-        spread = torch.cat((by_head, by_turn.view(batch, count, tokens)), dim=1)
-        sums = spread * scale[:, None] @ states
-        mixed, turn_states = sums.split((self.num_heads, count), dim=1)
-        mixed = self.dropout(mixed.flatten(1)).to(self.state_value.weight.dtype)
         copied = self.gain @ weights
-        vectors = vectors + self._sum_of_values(input_ids, copied) + self.state_value(mixed)
+
+        # The sums of states: the heads' over all tokens, and each turn's over its own, no two of which have any in common.
+        tokens = states.shape[1]
+        weights = weights.new_zeros(batch, self.num_heads, tokens).scatter_add(
+            2, places[:, None].expand_as(weights), weights
+        )
+        mixed = weights * scale[:, None] @ states
+        turn_states = F.embedding_bag(
+            (places + tokens * torch.arange(batch, device=places.device)[:, None]).flatten(),
+            states.flatten(0, 1),
+            starts,
+            per_sample_weights=(shares * scale.gather(1, places)).flatten(),
+            mode="sum",
+        ).view(batch, count, -1)
+        vectors = vectors + self._sum_of_values(input_ids, copied)
+        vectors = vectors + self.state_value(self.dropout(mixed.flatten(1)).to(self.state_value.weight.dtype))
 
         vectors, away = self.novelty(vectors, summary, turn_words, turn_states)
-        weights = torch.cat((self.gain.expand(batch, -1), -away), dim=1)
-        return vectors, (weights[:, None] @ spread).squeeze(1)
+        return vectors, (self.gain @ weights).scatter_add(1, places, -away.gather(1, turns) * shares)
 
     @classmethod
     def _relatedness(cls, turn_words: torch.Tensor) -> torch.Tensor:
@@ -622,6 +626,12 @@ class QueryCache(DynamicCache):
         self._padding: torch.Tensor | None = None  # the mask of the tokens up to the last prefill; later ones are real
         self._given: torch.Tensor | None = None  # the same of the batch as its owner lays it out
         self._recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._keeps = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        if self._keeps:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return copy.copy(self.layers[layer_idx]).update(key_states, value_states, *args, **kwargs)
 
     def record(self, input_ids: torch.Tensor, hidden_states: torch.Tensor) -> None:
         self._recorded.append((input_ids, hidden_states))
@@ -653,11 +663,15 @@ class QueryCache(DynamicCache):
             for layer in windows
         )
 
-    def branch(self) -> "QueryCache":
-        """A cache to go on from without changing this one: layers replace their tensors, and never write into them."""
+    def branch(self, keeps: bool = True) -> "QueryCache":
+        """
+        A cache to go on from without changing this one: layers replace their tensors, and never write into them. One that
+        does not keep what passes serves a single pass, in which each layer is done with its memory before the next.
+        """
         branch = copy.copy(self)
         branch.layers = [copy.copy(layer) for layer in self.layers]
         branch._recorded = list(self._recorded)
+        branch._keeps = keeps
         return branch
 
 
@@ -1121,7 +1135,8 @@ class NativeRetrievalModel(PreTrainedModel):
 
         attributions = None
         if self.copy_path is not None:
-            states = hidden_states[:, :, self.config.hidden_state_layers.index(self.config.copy_layer)].float()
+            states = hidden_states[:, :, self.config.hidden_state_layers.index(self.config.copy_layer)]
+            states = states.float().contiguous()  # once, for several passes over them
             words = words or self.words_of(input_ids, attention_mask)
             vectors, attributions = self.copy_path(vectors, summary, states, *words)
         return NativeRetrievalOutput(
@@ -1293,7 +1308,7 @@ class NativeRetrievalModel(PreTrainedModel):
                 inputs_embeds=self.probe.embeddings.to(self.backbone.dtype).expand(batch, -1, -1),
                 attention_mask=mask,
                 position_ids=(mask.long().cumsum(1) - 1)[:, -count:],
-                past_key_values=prefill.past_key_values.branch(),
+                past_key_values=prefill.past_key_values.branch(keeps=False),
                 use_cache=True,
                 output_hidden_states=True,
             )

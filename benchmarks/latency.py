@@ -226,18 +226,18 @@ import resource, sys
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads({threads})
+from benchmarks.latency import conversation_of, with_probe
 from native_retrieval.loading import load_model
 from native_retrieval.index import DocumentIndex
 model = load_model({model!r})
 index = DocumentIndex.load({index!r})
-ids = torch.tensor([{ids}], device=model.backbone.device)
+ids = torch.tensor([conversation_of(model, 256)], device=model.backbone.device)
 if {two_models}:
     from native_retrieval.teacher import Teacher
     teacher = Teacher(model.config.teacher_name_or_path, model.config.teacher_revision)
     vectors = teacher.encode([model.tokenizer.decode(model.write_queries(model.prefill(ids))[1][0]) or "."])
 else:
     if {mode!r} == "probe":
-        from benchmarks.latency import with_probe
         model = with_probe(model)
     vectors = model.embed_query(ids, mode={mode!r}, return_cache=True).query_embeddings.float().cpu().numpy()
 index.search(vectors, 10)
@@ -245,8 +245,11 @@ print("sentence_transformers" in sys.modules, resource.getrusage(resource.RUSAGE
 """
 
 
-def peak_memory(model, arguments) -> dict[str, int]:
-    """MiB at the peak of a fresh process that serves one way, 256 prompt tokens."""
+def peak_memory(arguments) -> dict[str, int]:
+    """
+    MiB at the peak of a fresh process that serves one way, 256 prompt tokens. It starts at the peak of the process that
+    calls this: call it before loading anything.
+    """
     peaks = {}
     for name, mode in (
         ("generate-then-encode", None),
@@ -259,7 +262,6 @@ def peak_memory(model, arguments) -> dict[str, int]:
             threads=arguments.threads,
             model=arguments.model,
             index=arguments.index,
-            ids=conversation_of(model, 256),
             two_models=mode is None,
             mode=mode,
         )
@@ -321,6 +323,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="the JSON file to write; a figure goes into figures/ beside it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    peaks = peak_memory(arguments)
     model, index = load(arguments.model, arguments.dtypes[0], arguments.lengths), DocumentIndex.load(arguments.index)
     index.check_model(model.config)
     teacher = Teacher(model.config.teacher_name_or_path, model.config.teacher_revision)
@@ -329,7 +332,7 @@ def main() -> None:
         "environment": environment(),
         "threads": arguments.threads,
         "rounds": arguments.rounds,
-        "peak_memory_mib": peak_memory(model, arguments),
+        "peak_memory_mib": peaks,
         "rows": [],
     }
     for dtype in arguments.dtypes:
