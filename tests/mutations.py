@@ -329,15 +329,15 @@ MUTATIONS = [
     Mutation(
         "copy path: values of states that are not normed",
         MODEL,
-        "spread * scale[:, None] @ states",
-        "spread @ states",
+        "weights * scale[:, None] @ states",
+        "weights @ states",
         "head::test_the_copy_path_is_attention_over_normed_states",
     ),
     Mutation(
         "novelty: attributions leave it out",
         MODEL,
-        "(self.gain.expand(batch, -1), -away), dim=1)",
-        "(self.gain.expand(batch, -1), 0 * away), dim=1)",
+        "-away.gather(1, turns) * shares",
+        "0 * away.gather(1, turns) * shares",
         "head::test_attributions_are_what_the_vector_is_made_of",
     ),
     Mutation(
