@@ -398,6 +398,13 @@ MUTATIONS = [
         "generation::test_generation_goes_on_from_the_cache[llama-tied-generated]",
     ),
     Mutation(
+        "cache: a branch that keeps nothing keeps what passes",
+        MODEL,
+        "return copy.copy(self.layers[layer_idx]).update(",
+        "return self.layers[layer_idx].update(",
+        "modeling::test_a_branch_that_keeps_nothing_is_as_long_after_a_pass[llama-tied]",
+    ),
+    Mutation(
         "cache: a branch shares what was recorded",
         MODEL,
         "branch._recorded = list(self._recorded)",

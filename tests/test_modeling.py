@@ -230,6 +230,18 @@ def test_a_probe_sees_the_same_whether_keys_are_written_out_for_each_head_or_not
     assert_close(model.pass_probe(prefill), written_out)
 
 
+def test_a_branch_that_keeps_nothing_is_as_long_after_a_pass(model: NativeRetrievalModel):
+    ids, mask = model.pad([[5, 6, 7, 8], [5, 6, 7, 8]])
+    cache = model.prefill(ids, mask).past_key_values
+    states = []
+    for branch in (cache.branch(), cache.branch(keeps=False)):
+        model.prefill(torch.cat((ids, ids), dim=1), torch.cat((mask, mask), dim=1), branch)
+        states.append(branch.recorded()[2])
+        lengths = [layer.get_seq_length() for layer in branch.layers]
+        assert lengths == [8 if branch._keeps else 4] * len(lengths)
+    assert torch.equal(*states)
+
+
 def test_the_adapter_acts_on_the_probe_alone(model: NativeRetrievalModel):
     ids, mask = model.pad(prompts_of(model))
     prefill = model.prefill(ids, mask)
