@@ -231,6 +231,7 @@ from native_retrieval.loading import load_model
 from native_retrieval.index import DocumentIndex
 model = load_model({model!r})
 index = DocumentIndex.load({index!r})
+model.config.max_prompt_tokens = 1280  # or older turns would be dropped, and it never be as long
 ids = torch.tensor([conversation_of(model, 256)], device=model.backbone.device)
 if {two_models}:
     from native_retrieval.teacher import Teacher
