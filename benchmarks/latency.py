@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
 from modeling_native_retrieval import Probe, processor_has_bfloat16
 from native_retrieval.cli import CommandParser, one_line_errors
@@ -324,9 +325,10 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="the JSON file to write; a figure goes into figures/ beside it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    index = DocumentIndex.load(arguments.index)
+    index.check_model(AutoConfig.from_pretrained(arguments.model, trust_remote_code=True))
     peaks = peak_memory(arguments)
-    model, index = load(arguments.model, arguments.dtypes[0], arguments.lengths), DocumentIndex.load(arguments.index)
-    index.check_model(model.config)
+    model = load(arguments.model, arguments.dtypes[0], arguments.lengths)
     teacher = Teacher(model.config.teacher_name_or_path, model.config.teacher_revision)
     result = {
         "command": " ".join(["python", *sys.argv]),

@@ -22,6 +22,7 @@ import faiss
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
 from modeling_native_retrieval import NativeRetrievalModel
 from native_retrieval.cli import CommandParser, one_line_errors
@@ -203,6 +204,10 @@ def main() -> None:
         return memory(arguments.backbone)
     if not (arguments.teacher and arguments.data and arguments.output):
         parser.error("--teacher, --data and --output are needed")
+    try:
+        AutoConfig.from_pretrained(arguments.backbone)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"backbone {arguments.backbone!r} cannot be loaded: {error}") from error
     # First: its peak starts at the one of this process.
     peak = subprocess.run(
         [sys.executable, __file__, "--backbone", arguments.backbone, "--memory"],
