@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig
 
+from configuration_native_retrieval import NativeRetrievalConfig
 from modeling_native_retrieval import Probe, processor_has_bfloat16
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex
-from native_retrieval.loading import load_model, share_keys_among_heads
+from native_retrieval.loading import load_model, model_folder, share_keys_among_heads
 from native_retrieval.report import environment
 from native_retrieval.teacher import Teacher
 
@@ -232,7 +232,7 @@ from native_retrieval.loading import load_model
 from native_retrieval.index import DocumentIndex
 model = load_model({model!r})
 index = DocumentIndex.load({index!r})
-model.config.max_prompt_tokens = 1280  # or older turns would be dropped, and it never be as long
+model.config.max_prompt_tokens = 1280  # of fewer, older turns would be dropped for ever
 ids = torch.tensor([conversation_of(model, 256)], device=model.backbone.device)
 if {two_models}:
     from native_retrieval.teacher import Teacher
@@ -250,7 +250,7 @@ print("sentence_transformers" in sys.modules, resource.getrusage(resource.RUSAGE
 def peak_memory(arguments) -> dict[str, int]:
     """
     MiB at the peak of a fresh process that serves one way, 256 prompt tokens. It starts at the peak of the process that
-    calls this: call it before loading anything.
+    calls this: call it before loading a model.
     """
     peaks = {}
     for name, mode in (
@@ -326,10 +326,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     index = DocumentIndex.load(arguments.index)
-    index.check_model(AutoConfig.from_pretrained(arguments.model, trust_remote_code=True))
+    config = NativeRetrievalConfig.from_pretrained(model_folder(arguments.model))
+    index.check_model(config)
     peaks = peak_memory(arguments)
-    model = load(arguments.model, arguments.dtypes[0], arguments.lengths)
-    teacher = Teacher(model.config.teacher_name_or_path, model.config.teacher_revision)
+    teacher = Teacher(config.teacher_name_or_path, config.teacher_revision)
     result = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(),

@@ -22,7 +22,6 @@ import faiss
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig
 
 from modeling_native_retrieval import NativeRetrievalModel
 from native_retrieval.cli import CommandParser, one_line_errors
@@ -204,18 +203,14 @@ def main() -> None:
         return memory(arguments.backbone)
     if not (arguments.teacher and arguments.data and arguments.output):
         parser.error("--teacher, --data and --output are needed")
-    try:
-        AutoConfig.from_pretrained(arguments.backbone)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"backbone {arguments.backbone!r} cannot be loaded: {error}") from error
     # First: its peak starts at the one of this process.
-    peak = subprocess.run(
-        [sys.executable, __file__, "--backbone", arguments.backbone, "--memory"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    seconds, peak = float(peak[-2]), int(peak[-1])
+    done = subprocess.run(
+        [sys.executable, __file__, "--backbone", arguments.backbone, "--memory"], capture_output=True, text=True
+    )
+    if done.returncode:  # it has said why, in one line
+        raise ValueError(done.stderr.strip().rpartition("\n")[2].removeprefix("training.py: "))
+    *_, seconds, peak = done.stdout.split()
+    seconds, peak = float(seconds), int(peak)
     row = {
         "what": f"{MEMORY_STEPS} steps over 50,000 cached queries",
         "seconds": round(seconds, 1),
