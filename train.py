@@ -37,7 +37,7 @@ from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-NOVELTY_THRESHOLDS = (0.4, 0.3, 0.2, 0.1)
+NOVELTY_THRESHOLDS = (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
 
 
 @dataclass
@@ -318,9 +318,11 @@ def varied(some, queries, corpus, build_prompt) -> list:
 
     rng = random.Random(0)
     passages = corpus["text"][:1000] if corpus is not None else []
-    others = queries["messages"][:1000]
+    everyone = evenly(list(zip(queries["conv"], queries["messages"], strict=True)), 1000)
     conversations = []
-    for messages, rewrite in zip(some["messages"], some["rewrite"], strict=True):
+    for conv, messages, rewrite in zip(some["conv"], some["messages"], some["rewrite"], strict=True):
+        # Another turn of the same conversation is no other topic.
+        others = [other for other_conv, other in everyone if other_conv != conv]
         conversations.append(vary(messages, others, passages, rng, rewrite))
         try:
             build_prompt(conversations[-1])

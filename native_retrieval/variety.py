@@ -91,7 +91,7 @@ def with_typos(text: str, rng: random.Random) -> str:
 
 def with_other_topics(messages: Conversation, others: Sequence[Conversation], count: int, rng: random.Random):
     """The conversation behind turns of other ones, until it has `count` user turns; as it is if it has them."""
-    room = count - _user_turns(messages)
+    room = count - _user_turns(messages) if others else 0
     before: Conversation = []
     while _user_turns(before) < room:
         other = rng.choice(others)

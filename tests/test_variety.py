@@ -3,11 +3,13 @@
 import random
 
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_native_retrieval import check_messages
 from native_retrieval.variety import vary, with_other_topics, with_typos
+from train import varied
 
 texts = st.text(st.characters(categories=["L", "Nd", "P", "Zs"]), min_size=1, max_size=60).filter(str.strip)
 
@@ -21,7 +23,7 @@ def conversations(draw):
 
 
 @settings(max_examples=200, deadline=None)
-@given(conversations(), st.lists(conversations(), min_size=1, max_size=3), st.integers(0, 10**6))
+@given(conversations(), st.lists(conversations(), max_size=3), st.integers(0, 10**6))
 def test_a_varied_conversation_is_one_and_keeps_its_turns_in_order(messages, others, seed):
     before = [dict(message) for message in messages]
     varied = vary(messages, others, ["A passage."], random.Random(seed))
@@ -59,6 +61,26 @@ def test_a_rewrite_takes_the_place_of_some_last_questions():
     replaced = [any(message["content"] == "Picasso's?" for message in m) for m in varied]
     assert 20 < sum(replaced) < 80
     assert all(any(message["content"] == "his?" for message in m) != r for m, r in zip(varied, replaced, strict=True))
+
+
+def test_other_topics_are_of_other_conversations():
+    questions = [f"What is {thing} made of?" for thing in ("glass", "steel", "paper")]
+    rows = [
+        {"conv": f"c{i}", "messages": [*before, {"role": "user", "content": f"{question[:-1]} today?"}], "rewrite": ""}
+        for i, question in enumerate(questions)
+        for before in ([], [{"role": "user", "content": question}, {"role": "assistant", "content": "Of sand."}])
+    ]
+    queries = Dataset.from_list(rows * 20)
+    behind = 0
+    for own, messages in zip(queries, varied(queries, queries, None, lambda messages: []), strict=True):
+        asked = [message["content"] for message in messages if message["role"] == "user"]
+        behind += sum(any(question[:-1] in text for text in asked) for question in questions) > 1
+        for message in own["messages"]:
+            assert message["role"] != "user" or asked.count(message["content"]) <= 1, "a turn of its own, once more"
+    assert behind > 20
+    alone = queries.filter(lambda row: row["conv"] == "c0")
+    for messages in varied(alone, alone, None, lambda messages: []):  # no others to be had
+        assert not any("steel" in message["content"] or "paper" in message["content"] for message in messages)
 
 
 @given(texts, st.integers(0, 100))
