@@ -171,8 +171,8 @@ def build_prompt(
     """
     One conversation to the token ids of its prompt, ending where the assistant would speak next.
 
-    The conversation may end on any role. When it is longer than `max_tokens`, the oldest turns are dropped, one at a
-    time; a system message stays, and so does the last turn. Special tokens spelt out in a message's text become plain
+    The conversation may end on any role. When it is longer than `max_tokens`, the oldest turns are dropped, a tenth of
+    them at a time; a system message stays, and so does the last turn. Special tokens spelt out in a message's text become plain
     text, so that nothing a user or a document says can forge a turn; by default all that the tokenizer has.
 
     Returns:
@@ -647,32 +647,53 @@ class QueryCache(DynamicCache):
 
     def cut(self, mask: torch.Tensor) -> bool:
         """
-        Forgets what follows the `mask` `(batch, tokens)`, and hides what it hides. False if that cannot be done: a
-        sliding window has dropped what would be needed now, or would count what is hidden.
+        Forgets what follows the `mask` `(batch, tokens)`, and hides what it hides. False, and nothing is done, if that
+        cannot be: a sliding window has dropped what would be needed now, or would count what is hidden; a recurrent
+        state has taken in what is to be forgotten; or a pass was interrupted half way.
         """
-        input_ids, _, hidden_states = self.recorded()
-        tokens = mask.shape[1]
-        if tokens < input_ids.shape[1]:
-            self.crop(tokens - input_ids.shape[1])
-        self._padding = mask
-        self._recorded = [(input_ids[:, :tokens], hidden_states[:, :tokens])]
-        windows = [layer for layer in self.layers if layer.is_sliding]
+        input_ids, padding, _ = self.recorded()
+        tokens, passed = mask.shape[1], input_ids.shape[1]
+        if self.get_seq_length() != passed:
+            return False
+        if any(map(_is_recurrent, self.layers)) and not torch.equal(mask, padding):
+            return False
         holes = bool(((mask == 0) & (mask.cumsum(1) > 0)).any())
-        return all(
-            not holes and layer.keys.shape[-2] >= min(layer.sliding_window - 1, layer.get_seq_length())
-            for layer in windows
-        )
+        for layer in self.layers:
+            if getattr(layer, "is_sliding", False) and (
+                holes or layer.keys.shape[-2] - (passed - tokens) < min(layer.sliding_window - 1, tokens)
+            ):
+                return False
+        if tokens < passed:
+            self.activate_past_recording()  # some ways to generate switch it off, and windows refuse to be cropped then
+            self.crop(tokens - passed)
+        self._padding = mask
+        return True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        rest = -tokens_to_remove
+        while rest > 0 and self._recorded:
+            input_ids, hidden_states = self._recorded.pop()
+            if input_ids.shape[1] > rest:
+                self._recorded.append((input_ids[:, :-rest], hidden_states[:, :-rest]))
+            rest -= input_ids.shape[1]
 
     def branch(self, keeps: bool = True) -> "QueryCache":
         """
-        A cache to go on from without changing this one: layers replace their tensors, and never write into them. One that
-        does not keep what passes serves a single pass, in which each layer is done with its memory before the next.
+        A cache to go on from without changing this one: layers replace their tensors, and but for recurrent ones never write
+        into them. One that does not keep what passes serves a single pass, in which each layer is done with its memory
+        before the next.
         """
         branch = copy.copy(self)
-        branch.layers = [copy.copy(layer) for layer in self.layers]
+        branch.layers = [copy.deepcopy(layer) if _is_recurrent(layer) else copy.copy(layer) for layer in self.layers]
         branch._recorded = list(self._recorded)
         branch._keeps = keeps
         return branch
+
+
+def _is_recurrent(layer) -> bool:
+    """Whether a cache's layer is, wholly or in part, of linear attention: a state that each token changes."""
+    return hasattr(layer, "recurrent_states")
 
 
 def _keep_states(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -1044,7 +1065,7 @@ class NativeRetrievalModel(PreTrainedModel):
             return self.backbone.generate(input_ids, **kwargs)
         cache = kwargs.pop("past_key_values")
         mask = kwargs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask
+        mask = self._mask_of(input_ids, cache) if mask is None else mask
         if mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)} must have the same shape"
@@ -1057,6 +1078,9 @@ class NativeRetrievalModel(PreTrainedModel):
             raise ValueError(
                 f"num_return_sequences={returned}: a conversation's cache goes on in one way; generate without past_key_values"
             )
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} reads the conversation anew; generate without past_key_values")
         laid_out, kwargs["attention_mask"], going_on = self._go_on(cache, prompts)
         cache._given, going_on._padding = mask, kwargs["attention_mask"]
         output = self.backbone.generate(laid_out, past_key_values=going_on, **kwargs)
@@ -1138,7 +1162,9 @@ class NativeRetrievalModel(PreTrainedModel):
             states = hidden_states[:, :, self.config.hidden_state_layers.index(self.config.copy_layer)]
             states = states.float().contiguous()  # once, for several passes over them
             words = words or self.words_of(input_ids, attention_mask)
-            vectors, attributions = self.copy_path(vectors, summary, states, *words)
+            with torch.autocast(states.device.type, enabled=False):  # it adds up in full precision
+                summary = summary.to(self.copy_path.query.weight.dtype)
+                vectors, attributions = self.copy_path(vectors.float(), summary, states, *words)
         return NativeRetrievalOutput(
             query_embeddings=F.normalize(vectors.float(), dim=-1),
             attributions=attributions,
@@ -1165,7 +1191,7 @@ class NativeRetrievalModel(PreTrainedModel):
         self.tokenizer  # noqa: B018, read first: loading it sets the special tokens
         device, real = input_ids.device, attention_mask.bool()
         special = torch.isin(input_ids, torch.tensor(self._special_ids, device=device)) & real
-        segments = self._segments(input_ids, special)
+        segments = self._segments(input_ids, special, real)
         sink = real & (real.cumsum(1) == 1)  # the first token, on which attention rests that looks for nothing
         mask = real & ~special & ~sink
         if self.teacher_tokenizer is None:
@@ -1202,7 +1228,9 @@ class NativeRetrievalModel(PreTrainedModel):
         words, places, there = (part.to(device) for part in (words, places, there))
         return words, places, there, segments.gather(1, places)
 
-    def _segments(self, input_ids: torch.LongTensor, special: torch.BoolTensor) -> torch.LongTensor:
+    def _segments(
+        self, input_ids: torch.LongTensor, special: torch.BoolTensor, real: torch.BoolTensor
+    ) -> torch.LongTensor:
         """
         How many special tokens follow each token, as if the last user's turn were the last: what an agent has said and called
         since would otherwise move the question to where an older one stands. Of what stands behind that turn, 0.
@@ -1212,8 +1240,11 @@ class NativeRetrievalModel(PreTrainedModel):
         if not opening or len(opening) > input_ids.shape[1]:
             return segments
         opening = torch.tensor(opening, device=input_ids.device)
-        found = (input_ids.unfold(1, len(opening), 1) == opening).all(-1)
+        order = real.long().argsort(dim=1, stable=True)  # what goes on from a cache may have padding in the middle
+        ids = input_ids.masked_fill(~real, -1).gather(1, order)
+        found = (ids.unfold(1, len(opening), 1) == opening).all(-1)
         last = found.shape[1] - 1 - found.flip(1).long().argmax(1, keepdim=True) + len(opening) - 1
+        last = order.gather(1, last)
         since = segments.gather(1, last) - special.long().gather(1, last) - behind
         return (segments - since.clamp(min=0) * found.any(1, keepdim=True)).clamp(min=0)
 
@@ -1245,10 +1276,9 @@ class NativeRetrievalModel(PreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         longest = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
-        if longest and input_ids.shape[1] > longest:
+        if longest and input_ids.shape[1] > longest and (tokens := int(attention_mask.sum(1).max())) > longest:
             raise ValueError(
-                f"a prompt of {input_ids.shape[1]} tokens is longer than the backbone's context of {longest}; "
-                "lower max_prompt_tokens"
+                f"a prompt of {tokens} tokens is longer than the backbone's context of {longest}; lower max_prompt_tokens"
             )
         cache = past_key_values
         if cache is None and use_cache:
@@ -1499,22 +1529,35 @@ class NativeRetrievalModel(PreTrainedModel):
         return input_ids.to(self.backbone.device), attention_mask.to(self.backbone.device)
 
     def _without_padding(self, input_ids: torch.Tensor, cache: QueryCache | None) -> list[list[int]]:
-        """Rows of token ids; what a cache knows to be padding is left out, and what `generate` has put behind a row's end."""
+        """Rows of token ids, without their padding on the left and what `generate` has put behind a row's end."""
+        mask = self._mask_of(input_ids, cache)
+        rows = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+        pad, end = self._pad_id(), self.tokenizer.eos_token_id
+        for row in rows:
+            while len(row) > 1 and row[-1] == pad and (pad != end or row[-2] == pad):
+                row.pop()
+        if any(row[0] == pad for row in rows):
+            begins = self.build_prompt([{"role": "user", "content": "?"}])[0] == pad  # a prompt's own first token stays
+            for row in rows:
+                del row[: max(0, sum(1 for _ in itertools.takewhile(pad.__eq__, row[:-1])) - begins)]
+        return rows
+
+    @staticmethod
+    def _mask_of(input_ids: torch.Tensor, cache: QueryCache | None) -> torch.Tensor:
+        """Which tokens a cache does not know to be padding: `(batch, tokens)`."""
         mask = torch.ones_like(input_ids)
         if cache is not None:
             given = cache._given[:, : input_ids.shape[1]]
             if len(given) == len(mask):
                 mask[:, : given.shape[1]] = given
-        rows = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        for row in rows:
-            while len(row) > 1 and row[-1] == pad and (pad != end or row[-2] == pad):
-                row.pop()
-        return rows
+        return mask
 
     def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else (self.tokenizer.eos_token_id or 0)
+        """The token that `generate` pads with, or what else may stand there."""
+        settings = self.backbone.generation_config
+        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        known = (settings.pad_token_id, self.tokenizer.pad_token_id, *ends[:1], self.tokenizer.eos_token_id, 0)
+        return next(token for token in known if token is not None)
 
     def _check_mode(self, mode: str | None) -> str:
         mode = self.config.query_mode if mode is None else mode

@@ -310,6 +310,18 @@ def questions_of(train) -> list[str]:
     return sorted(text for text in questions if len(text.split()) > 3)
 
 
+def that_fit(texts: list[str], build_prompt) -> list[str]:
+    """Those of the texts whose prompt is not longer than the model takes."""
+
+    def fits(text: str) -> bool:
+        try:
+            return bool(build_prompt([{"role": "user", "content": text}]))
+        except ValueError:
+            return False
+
+    return list(filter(fits, texts))
+
+
 def varied(some, queries, corpus, build_prompt) -> list:
     """`some` of the queries' conversations as they may look in an agent, where the prompt has room for that."""
     import random
@@ -386,8 +398,10 @@ def choose_novelty_threshold(trainer) -> float:
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     novelty, mode = model.copy_path.novelty, model.config.query_mode
-    parts = {name: part for name, part in trainer.eval_dataset.items() if part.mode == mode} or trainer.eval_dataset
+    parts = {name: part for name, part in trainer.eval_dataset.items() if part.mode == mode}
     metric = f"eval_{trainer.args.metric_for_best_model.removeprefix('eval_')}"
+    if not parts or any(name in metric for name in trainer.eval_dataset):  # the metric of a single data set
+        parts = trainer.eval_dataset
     better = max if trainer.args.greater_is_better else min
     found, logged = {}, len(trainer.state.log_history)
     for threshold in (novelty.threshold.item(), *NOVELTY_THRESHOLDS):
@@ -500,6 +514,16 @@ def run(argv: list[str], held: ExitStack) -> None:
         raise ValueError(f"query_modes {sorted(unknown)} are unknown; choose from {', '.join(QUERY_MODES)}")
     if data_args.query_modes == ["probe"]:
         raise ValueError("query_modes has the probe alone; add context, which the probe adds to")
+    if model_args.query_mode not in data_args.query_modes:
+        raise ValueError(
+            f"query_mode={model_args.query_mode} is what the saved model would answer with, but query_modes "
+            f"({', '.join(data_args.query_modes)}) does not train it; set query_mode to one of these"
+        )
+    lost = set(data_args.generated_data) - {*data_args.train_data, *data_args.dev_data}
+    if lost and "generated" in data_args.query_modes:
+        raise ValueError(
+            f"generated_data {sorted(lost)} is in neither train_data nor dev_data; write it as it stands there"
+        )
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     if (
@@ -555,7 +579,7 @@ def run(argv: list[str], held: ExitStack) -> None:
         for mode in modes_of(entry):
             train_parts += [examples(name, queries, corpus, mode)] * max(1, round(weight))
         some = queries.select(evenly(list(range(len(queries))), round(data_args.variety * len(queries))))
-        if len(some):
+        if len(some) and "context" in data_args.query_modes:
             seen = varied(some, queries, corpus, model.build_prompt)
             train_parts.append(examples(f"{name}, varied", some, corpus, "context", seen))
         if "probe" in data_args.query_modes:
@@ -568,6 +592,7 @@ def run(argv: list[str], held: ExitStack) -> None:
     wanted = round(data_args.plain_text_share * sum(map(len, train_parts)))
     for name, some in (("plain text", texts), ("questions", questions)):
         some = evenly(some, wanted * len(some) // max(1, len(texts) + len(questions)))
+        some = that_fit(some, model.build_prompt)
         if some:
             rows = [{"messages": [{"role": "user", "content": text}], "rewrite": text, "gold": []} for text in some]
             train_parts.append(examples(name, datasets.Dataset.from_list(rows), None, "context"))

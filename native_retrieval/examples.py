@@ -220,7 +220,13 @@ def build_examples(
             `variety.py`.
     """
     seen = queries["messages"] if seen is None else seen
-    prompts = [model.build_prompt(messages) for messages in seen]
+    ids = queries["_id"] if "_id" in queries.column_names else range(len(queries))
+    prompts = []
+    for query, messages in zip(ids, seen, strict=True):
+        try:
+            prompts.append(model.build_prompt(messages))
+        except ValueError as error:
+            raise ValueError(f"{name}, query {query}: {error}") from error
     rows, titles = _rows_and_titles(corpus, queries["gold"]) if corpus is not None else ({}, {})
     texts = [
         rewrite or _with_title(titles.get(gold[0]) if gold else None, last_question(messages))
@@ -242,8 +248,7 @@ def build_examples(
     examples = RetrievalExamples(
         sequences, num_read, targets, targets[:0], [[] for _ in prompts], id_offset=id_offset, name=name, mode=mode
     )
-    if "_id" in queries.column_names:
-        examples.ids = list(queries["_id"])
+    examples.ids = list(map(str, ids))
     if corpus is not None:
         examples.documents = teacher.documents(corpus)
         examples.positives = [[rows[document_id] for document_id in gold] for gold in queries["gold"]]

@@ -180,7 +180,7 @@ class NativeContext(NativeGenerated):
     mode = "context"
 
     def vectors(self) -> np.ndarray:
-        """Those that a caller of `embed_query` gets, to the last bit."""
+        """Those that a caller of `embed_query` gets (to the last bit, with as many prompts in a batch)."""
         prompts, batches = self.comparison.prompts, self.comparison.batches()
         vectors = np.empty((len(prompts), self.comparison.model.config.embedding_dim), np.float32)
         with tqdm(total=len(prompts), desc=f"{self.name}: the backbone reads", unit="query") as bar:

@@ -29,6 +29,7 @@ from .examples import RetrievalExamples, behind_others, collate
 from .files import seal, sha256
 from .losses import alignment_loss, contrastive_loss, rank_distillation_loss
 from .metrics import per_query
+from .teacher import search
 
 DEV_DEPTH = 100  # documents ranked for a dev query; the metrics look at 10
 
@@ -329,11 +330,10 @@ class NativeRetrievalTrainer(Trainer):
     def _retrieval_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         examples = self._evaluated
         depth = min(DEV_DEPTH, len(examples.documents))
-        scores = np.asarray(prediction.predictions) @ np.asarray(examples.documents).T
-        best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
+        scores, best = search(examples.documents, np.asarray(prediction.predictions), depth)
         run, qrels = {}, {}
         for query, rows, values in zip(prediction.label_ids.ravel(), best, scores, strict=True):
-            run[str(query)] = {str(row): float(values[row]) for row in rows}
+            run[str(query)] = dict(zip(map(str, rows), map(float, values), strict=True))
             qrels[str(query)] = {str(row): 1 for row in examples.positives[query]}
         metrics = per_query(run, qrels, list(qrels))
         return {name: float(np.mean(values)) for name, values in metrics.items()}

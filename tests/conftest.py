@@ -33,6 +33,7 @@ from transformers import (  # noqa: E402
     MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3_5TextConfig,
     Qwen3Config,
 )
 
@@ -145,11 +146,20 @@ def make_backbone(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreT
                     "query_pre_attn_scalar": 8,
                     "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
                 }
+            if family == "qwen3_5":  # linear attention, whose state cannot be cut, in every other layer
+                common |= {
+                    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+                    "linear_num_key_heads": 2,
+                    "linear_num_value_heads": 2,
+                    "linear_key_head_dim": 8,
+                    "linear_value_head_dim": 8,
+                }
             configs = {
                 "llama": LlamaConfig,
                 "qwen3": Qwen3Config,
                 "gemma3": Gemma3TextConfig,
                 "mistral": MistralConfig,
+                "qwen3_5": Qwen3_5TextConfig,
             }
             config = configs[family](**{**common, **fields})
         with torch.random.fork_rng():

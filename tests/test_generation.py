@@ -14,6 +14,7 @@ from conftest import (
     BACKBONES,
     CONVERSATIONS,
     MODES,
+    SLIDING_WINDOW,
     assert_close,
     assert_one_line,
     assistant,
@@ -28,7 +29,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from modeling_native_retrieval import NativeRetrievalModel
+from modeling_native_retrieval import NativeRetrievalModel, QueryCache, _adapted_layers
 
 
 def scripted(model: NativeRetrievalModel, rows: list[list[int]]):
@@ -296,6 +297,79 @@ def test_an_edited_history_is_passed_anew_from_where_it_differs(model: NativeRet
         found = model.embed_query(edited, past_key_values=cache, return_cache=True)
         assert_close(found.query_embeddings, model.embed_query(edited))
         cache = found.past_key_values
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_recurrent_backbone_goes_on_from_a_cache(make_model: Callable[..., NativeRetrievalModel], mode: str):
+    """What its linear attention has taken in cannot be taken back: it may pass again, and all else is as it always is."""
+    model = make_model("qwen3_5", num_context_tokens=2)
+    messages = CONVERSATIONS[1][1:]
+    found = model.embed_query(messages, mode=mode, return_cache=True)
+    assert_close(found.query_embeddings, model.embed_query(messages, mode=mode))
+    ids = found.input_ids
+    wanted = model.generate(ids, max_new_tokens=4, eos_token_id=None, **GREEDY)
+    seen = model.generate(ids, past_key_values=found.past_key_values, max_new_tokens=4, eos_token_id=None, **GREEDY)
+    assert torch.equal(seen, wanted)
+    for more in ([assistant("A printer."), user("Until when?")], [assistant("Nobody.")]):
+        longer = [*messages, *more]
+        seen = model.embed_query(longer, mode=mode, past_key_values=found.past_key_values)
+        assert_close(seen, model.embed_query(longer, mode=mode))
+
+
+def test_what_interrupts_a_pass_does_not_spoil_the_cache(model: NativeRetrievalModel):
+    """A key is pressed, or memory ends, between two layers: some have taken the new tokens in, and some have not."""
+    cache = model.embed_query(CONVERSATIONS[1], return_cache=True).past_key_values
+    longer = [*CONVERSATIONS[1], assistant("A printer."), user("Until when did she own it?")]
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    handle = _adapted_layers(model.config, model.backbone)[-1][1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.embed_query(longer, past_key_values=cache)
+    handle.remove()
+    assert_close(model.embed_query(longer, past_key_values=cache), model.embed_query(longer))
+
+
+def test_a_cache_that_is_cropped_forgets_what_it_has_recorded(model: NativeRetrievalModel):
+    cache = model.embed_query(CONVERSATIONS[1], return_cache=True).past_key_values
+    ids = torch.tensor([model.build_prompt(CONVERSATIONS[1])])
+    answer = model.generate(ids, past_key_values=cache, max_new_tokens=5, eos_token_id=None, **GREEDY)
+    cache.crop(-2)  # as transformers does with what it generated beyond an end
+    assert cache.recorded()[0].shape[1] == cache.get_seq_length() == answer.shape[1] - 3
+    assert_close(model.embed_query(answer, past_key_values=cache), model.embed_query(answer))
+
+
+def test_a_window_that_could_not_be_cut_is_not_cut_later(make_model: Callable[..., NativeRetrievalModel]):
+    model = make_model("gemma3")
+    prompt = [*model.build_prompt(CONVERSATIONS[1]), *range(20, 50)]
+    cache = QueryCache(model.config)
+    model.prefill(torch.tensor([prompt]), past_key_values=cache)
+    model.generate(torch.tensor([[*prompt[:-2], 3]]), past_key_values=cache, max_new_tokens=4, **GREEDY)
+    for shared in (len(prompt) - SLIDING_WINDOW, len(prompt) - SLIDING_WINDOW - 3, 6, 4, 2):
+        edited = torch.tensor([[*prompt[:shared], 3, 4, 5]])
+        assert_close(model.embed_query(edited, past_key_values=cache), model.embed_query(edited))
+
+
+def test_padding_is_known_without_a_mask(tiny_model: NativeRetrievalModel):
+    found = tiny_model.embed_query(CONVERSATIONS, return_cache=True)
+    arguments = {"max_new_tokens": 5, "eos_token_id": None}
+    wanted = tiny_model.generate(found.input_ids, attention_mask=found.attention_mask, **arguments, **GREEDY)
+    seen = tiny_model.generate(found.input_ids, past_key_values=found.past_key_values, **arguments, **GREEDY)
+    assert torch.equal(seen, wanted)
+    # Token ids as `generate` returned them, of rows that differ in length, with no cache at hand.
+    rows = prompts_of(tiny_model)
+    alone = torch.cat([tiny_model.embed_query(torch.tensor([row])) for row in rows])
+    for pad_id in (tiny_model.tokenizer.pad_token_id, tiny_model.tokenizer.eos_token_id):
+        tiny_model.backbone.generation_config.pad_token_id = pad_id
+        assert_close(tiny_model.embed_query(tiny_model.pad(rows)[0]), alone)
+
+
+def test_what_reads_a_conversation_anew_takes_no_cache(tiny_model: NativeRetrievalModel):
+    found = tiny_model.embed_query(CONVERSATIONS[0], return_cache=True)
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens reads") as error:
+        tiny_model.generate(found.input_ids, past_key_values=found.past_key_values, prompt_lookup_num_tokens=3)
+    assert_one_line(error)
 
 
 def test_a_cache_of_other_conversations_is_refused(tiny_model: NativeRetrievalModel):

@@ -241,16 +241,44 @@ def test_what_an_agent_does_since_does_not_move_the_question(tiny_model: NativeR
     end = len(before) - before[::-1].index(tiny_model.tokenizer.convert_tokens_to_ids("<|im_end|>"))
     assert after[:end] == before[:end]
     special = torch.tensor(tiny_model._special_ids)
-    ids, _ = tiny_model.pad([before, after, *prompts_of(tiny_model)])
-    before, after = (
-        row[-len(ids) :].tolist()
-        for row, ids in zip(tiny_model._segments(ids, torch.isin(ids, special)), (before, after), strict=False)
-    )
+    ids, mask = tiny_model.pad([before, after, *prompts_of(tiny_model)])
+    segments = tiny_model._segments(ids, torch.isin(ids, special), mask.bool())
+    before, after = (row[-len(ids) :].tolist() for row, ids in zip(segments, (before, after), strict=False))
     assert (
         before == sorted(before, reverse=True) and before[1] > before[end - 2] > before[-1]
     )  # counted from the newest
     assert after[:end] == before[:end]
     assert set(after[end + 1 :]) <= {0, 1} and after[-1] == 0
+
+
+def test_under_autocast_the_copy_path_adds_up_in_full_precision(tiny_model: NativeRetrievalModel):
+    """`--bf16 true` of the Trainer: the head's maps may round, and training goes on."""
+    ids, mask = tiny_model.pad(prompts_of(tiny_model))
+    wanted = tiny_model(ids, mask).query_embeddings
+    tiny_model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = tiny_model(ids, mask).query_embeddings
+        assert seen.dtype == torch.float32
+        (1 - seen[:, 0]).mean().backward()
+    torch.testing.assert_close(seen, wanted, atol=2e-2, rtol=0)
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in tiny_model.parameters())
+
+
+def test_padding_in_the_middle_does_not_hide_a_users_turn(tiny_model: NativeRetrievalModel):
+    """A batch that goes on from a cache may have it anywhere, in the words that open a turn too."""
+    prompt = tiny_model.build_prompt(CONVERSATIONS[1])
+    special = torch.tensor(tiny_model._special_ids)
+    opening = len(tiny_model._user_turn[0])
+    assert opening > 1
+
+    def segments(ids: list[int], mask: list[int]) -> list[int]:
+        ids, real = torch.tensor([ids]), torch.tensor([mask]).bool()
+        return tiny_model._segments(ids, torch.isin(ids, special) & real, real)[0][real[0]].tolist()
+
+    wanted = segments(prompt, [1] * len(prompt))
+    for place in range(1, len(prompt)):
+        padded = [*prompt[:place], *[tiny_model.tokenizer.pad_token_id] * 3, *prompt[place:]]
+        assert segments(padded, [1] * place + [0] * 3 + [1] * (len(prompt) - place)) == wanted
 
 
 # The teacher's own tokens

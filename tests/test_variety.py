@@ -83,6 +83,18 @@ def test_other_topics_are_of_other_conversations():
         assert not any("steel" in message["content"] or "paper" in message["content"] for message in messages)
 
 
+def test_other_topics_of_greetings_and_of_no_user_at_all():
+    messages = [{"role": "user", "content": "When was it built?"}]
+    greeting = {"role": "assistant", "content": "Hi, how can I help?"}
+    others = [[greeting, {"role": "user", "content": "Where is the lathe?"}], [greeting], [greeting, dict(greeting)]]
+    longer = with_other_topics(messages, others, 4, random.Random(0))
+    assert [message["content"] for message in longer if message["role"] == "user"] == [
+        *["Where is the lathe?"] * 3,
+        "When was it built?",
+    ]
+    assert with_other_topics(messages, others[1:], 4, random.Random(0)) == messages
+
+
 @given(texts, st.integers(0, 100))
 def test_typos_move_letters_and_lose_none(text, seed):
     misspelt = with_typos(text, random.Random(seed))
