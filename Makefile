@@ -116,6 +116,6 @@ format: $(STAMP) ## Put the code into shape
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean: ## Remove .venv, caches and build products (not results/)
+clean: ## Remove .venv, .cache (the demo's model too) and build products, not results/
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

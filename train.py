@@ -249,12 +249,18 @@ def _known(name: str, fields: set[str], where: str) -> None:
         raise ValueError(f"{where}: unknown field {name!r}{hint}")
 
 
+def parted(entry: str) -> tuple[str, str]:
+    """`NAME:SPLIT` to its two parts; of `NAME`, the second is empty."""
+    # A drive letter is no name, and a Hub id has no colon.
+    source, _, split = entry.rpartition(":") if ":" in entry[2:] else (entry, "", "")
+    return source, split
+
+
 def load_queries_of(entry: str, default_split: str):
     """`NAME` or `NAME:SPLIT` to (name, queries, corpus or None)."""
     from native_retrieval.data import load_queries, load_task, splits
 
-    # A drive letter is no name, and a Hub id has no colon.
-    source, _, split = entry.rpartition(":") if ":" in entry[2:] else (entry, "", "")
+    source, split = parted(entry)
     split = split or (default_split if default_split in splits(source) else "")
     name = Path(source).name
     if not split:
@@ -271,7 +277,7 @@ def evenly(items: list, count: int) -> list:
 
 def load_data(data_args: DataArguments):
     """Train and dev sets, each a list of (name, queries, corpus or None), and the plain texts."""
-    from native_retrieval.data import drop_overlap, load_texts
+    from native_retrieval.data import drop_overlap, load_queries, load_texts, splits
 
     dev = [load_queries_of(entry, "dev") for entry in data_args.dev_data]
     for entry, (_, _, corpus) in zip(data_args.dev_data, dev, strict=True):
@@ -284,16 +290,22 @@ def load_data(data_args: DataArguments):
         raise ValueError(
             f"dev_data names {', '.join(sorted(twice))} twice, and metrics go by that name; rename a folder"
         )
+    # Some collections are cut from the same conversations, and a test set of one may stand in the training set of another.
+    held_out = [queries for _, queries, _ in dev]
+    entries = list(map(parted, [*data_args.train_data, *data_args.dev_data]))
+    for source in dict.fromkeys(source for source, _ in entries):
+        if "test" in splits(source) and (source, "test") not in entries:  # who names it trains on it
+            held_out.append(load_queries(source, "test"))
     train = []
     weights = data_args.train_weights or [1.0] * len(data_args.train_data)
     for entry, weight in zip(data_args.train_data, weights, strict=True):
         name, queries, corpus = load_queries_of(entry, "train")
         dropped = 0
-        for _, held_out, _ in dev:
-            queries, count = drop_overlap(queries, held_out)
+        for others in held_out:
+            queries, count = drop_overlap(queries, others)
             dropped += count
         if dropped:
-            print(f"{name}: left out {dropped} training queries whose conversation is in the dev data")
+            print(f"{name}: left out {dropped} training queries whose conversation is in the dev or test data")
         if data_args.max_train_queries:
             queries = queries.select(range(min(data_args.max_train_queries, len(queries))))
         if weight < 1:

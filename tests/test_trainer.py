@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -563,6 +564,22 @@ def test_data_sets_are_seen_as_often_as_their_weights_say(stub_training, backbon
         train.main(words(backbone_dir, beir_folder, tmp_path / weight, "--train_weights", weight, *few))
         seen[weight] = int(re.search(r"Stage b: (\d+) examples", capfd.readouterr().out)[1])
     assert seen["0.5"] == round(0.5 * seen["1"]) and seen["3"] == 3 * seen["1"] > 0
+
+
+def test_what_is_tested_on_is_not_trained_on(beir_folder, capsys):
+    """Another collection may be cut from the same conversations: here it has all of them."""
+    other = shutil.copytree(beir_folder, beir_folder.parent / "other")
+    shutil.rmtree(other / "qrels")
+    trained = train.DataArguments(train_data=[str(other), str(beir_folder)], dev_data=[str(beir_folder)])
+    parts, (dev,), _ = train.load_data(trained)
+    assert [len(queries) for _, queries, _ in parts] == [12, 12]
+    assert (
+        "other: left out 12 training queries whose conversation is in the dev or test data" in capsys.readouterr().out
+    )
+    seen = {id for _, queries, _ in parts for id in queries["_id"]}
+    assert seen.isdisjoint(dev[1]["_id"]) and seen.isdisjoint(load_task(beir_folder, "test").queries["_id"])
+    trained.train_data = [f"{beir_folder}:test"]
+    assert len(train.load_data(trained)[0][0][1]) == 6
 
 
 def test_the_novelty_threshold_is_the_best_on_dev(tiny_model, examples, tmp_path, monkeypatch):
