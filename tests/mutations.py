@@ -458,14 +458,14 @@ MUTATIONS = [
         MODEL,
         "branch._recorded = list(self._recorded)",
         "pass",
-        "generation::test_the_next_turn_passes_only_what_is_new[llama-tied-generated]",
+        "generation::test_generation_goes_on_from_the_cache[llama-tied-generated]",
     ),
     Mutation(
         "going on: no token is left to pass",
         MODEL,
         "[: len(prompt) - 1]",
         "[: len(prompt)]",
-        "generation::test_the_next_turn_passes_only_what_is_new[llama-tied-generated]",
+        "generation::test_the_next_turn_passes_only_what_is_new[llama-tied-context]",
     ),
     Mutation(
         "going on: past the first difference",
@@ -556,7 +556,7 @@ MUTATIONS = [
         MODEL,
         "elif self.config.tokenizer_fingerprint != seen:",
         "elif False:",
-        "saving::test_another_tokenizer_template_or_library_is_warned_of_once[template]",
+        "saving::test_another_tokenizer_template_or_library_is_warned_of_once",
     ),
     Mutation(
         "config: a probe mode without probe tokens",
