@@ -416,7 +416,7 @@ MUTATIONS = [
         MODEL,
         "branch.layers = [copy.deepcopy(layer) if _is_recurrent(layer) else copy.copy(layer) for layer in self.layers]",
         "pass",
-        "generation::test_generation_goes_on_from_the_cache[llama-tied-generated]",
+        "generation::test_a_query_that_is_written_is_not_in_the_prompts_cache[llama-tied]",
     ),
     Mutation(
         "cache: a branch shares a recurrent state",
@@ -458,7 +458,7 @@ MUTATIONS = [
         MODEL,
         "branch._recorded = list(self._recorded)",
         "pass",
-        "generation::test_generation_goes_on_from_the_cache[llama-tied-generated]",
+        "generation::test_a_query_that_is_written_is_not_in_the_prompts_cache[llama-tied]",
     ),
     Mutation(
         "going on: no token is left to pass",

@@ -312,8 +312,17 @@ def test_a_recurrent_backbone_goes_on_from_a_cache(make_model: Callable[..., Nat
     assert torch.equal(seen, wanted)
     for more in ([assistant("A printer."), user("Until when?")], [assistant("Nobody.")]):
         longer = [*messages, *more]
-        seen = model.embed_query(longer, mode=mode, past_key_values=found.past_key_values)
-        assert_close(seen, model.embed_query(longer, mode=mode))
+        seen = model.embed_query(longer, mode=mode, past_key_values=found.past_key_values, return_cache=True)
+        assert_close(seen.query_embeddings, model.embed_query(longer, mode=mode))
+        states = seen.past_key_values.recorded()[2]
+        wanted = model.prefill(*model.pad([model.build_prompt(longer)])).hidden_states
+        assert_close(states[:, -wanted.shape[1] :], wanted)
+
+
+def test_a_query_that_is_written_is_not_in_the_prompts_cache(model: NativeRetrievalModel):
+    found = model.embed_query(CONVERSATIONS[1], mode="generated", return_cache=True)
+    cache = found.past_key_values
+    assert cache.get_seq_length() == cache.recorded()[0].shape[1] == found.input_ids.shape[1]
 
 
 def test_what_interrupts_a_pass_does_not_spoil_the_cache(model: NativeRetrievalModel):
