@@ -91,18 +91,21 @@ def with_typos(text: str, rng: random.Random) -> str:
 
 def with_other_topics(messages: Conversation, others: Sequence[Conversation], count: int, rng: random.Random):
     """The conversation behind turns of other ones, until it has `count` user turns; as it is if it has them."""
-    topics = [
-        [message for message in other if message["role"] != "system" and message["content"].strip()] for other in others
-    ]
-    topics = [topic for topic in topics if _user_turns(topic)]
-    room = count - _user_turns(messages) if topics else 0
+    room = count - _user_turns(messages) if any(_user_turns(_said(other)) for other in others) else 0
     before: Conversation = []
     while _user_turns(before) < room:
-        topic = rng.choice(topics)
-        before += topic[:-1] if _user_turns(topic[:-1]) else [topic[-1], {"role": "assistant", "content": "I see."}]
+        topic = _said(rng.choice(others))
+        if _user_turns(topic[:-1]):
+            before += topic[:-1]
+        elif _user_turns(topic):
+            before += [topic[-1], {"role": "assistant", "content": "I see."}]
     starts = [i for i, message in enumerate(before) if message["role"] == "user"]
     system = [message for message in messages[:1] if message["role"] == "system"]
     return [*system, *(before[starts[-room] :] if room > 0 else []), *messages[len(system) :]]
+
+
+def _said(messages: Conversation) -> Conversation:
+    return [message for message in messages if message["role"] != "system" and message["content"].strip()]
 
 
 def _user_turns(messages: Conversation) -> int:
