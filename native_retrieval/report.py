@@ -233,7 +233,15 @@ def plot_by_turn(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
             fontsize=10,
             fontweight="bold" if native else "normal",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4},
+            # To the label's left edge; to its middle, a line would cross the labels between.
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
         )
     figure.savefig(path, dpi=150)
 
