@@ -345,7 +345,7 @@ MUTATIONS = [
         "native_retrieval/examples.py",
         "others = others[others @ examples.documents[row] < SAME_TEXT]",
         "pass",
-        "trainer::test_targets_are_turned_away_from_earlier_answers",
+        "trainer::test_a_target_is_not_turned_away_from_what_is_asked_for_once_more",
     ),
     Mutation(
         "generated: the head reads the prompt too",

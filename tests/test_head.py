@@ -371,10 +371,12 @@ def test_the_teachers_tokenizer_is_saved_and_loaded(spelling_model: NativeRetrie
     spelling_model.save_pretrained(tmp_path)
     loaded = NativeRetrievalModel.from_pretrained(tmp_path)
     assert loaded.config.copy_vocab_size == len(spelling_model.teacher_tokenizer)
-    ids, mask = loaded.pad([loaded.build_prompt(CONVERSATIONS[0])])
-    assert loaded.words_of(ids, mask)[2].sum() > 4  # more than the teacher itself reads
+    long = "the bridge of the museum"  # a single turn has more than the four tokens that the teacher itself reads
+    ids, mask = loaded.pad([loaded.build_prompt([{"role": "user", "content": long}])])
+    words, _, copied, _ = loaded.words_of(ids, mask)
+    whole = loaded.teacher_tokenizer(long, add_special_tokens=False)["input_ids"]
+    assert len(whole) > 4 and str(whole)[1:-1] in str(words[copied].tolist())
     assert_close(loaded.embed_query(CONVERSATIONS), spelling_model.embed_query(CONVERSATIONS))
-    long = "the bridge of the museum"
     assert (
         loaded.encode_words([long]) == spelling_model.encode_words([long]) and len(loaded.encode_words([long])[0]) > 4
     )

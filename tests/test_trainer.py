@@ -393,6 +393,27 @@ def test_targets_are_turned_away_from_earlier_answers(tiny_model, stub_teacher, 
     assert ((shared - plain) ** 2).sum(1).min() > 0
 
 
+def test_a_target_is_not_turned_away_from_what_is_asked_for_once_more(tiny_model, stub_teacher, tmp_path):
+    """Whether the right document has been an answer before, or not: it is turned away from the others alone."""
+    right, other = "It was opened in 1874 by Ada Moss.", "The bridge was built of slate."
+    corpus = Dataset.from_list([{"_id": str(i), "title": "", "text": text} for i, text in enumerate((right, other))])
+
+    def conversation(*answers):
+        turns = [({"role": "user", "content": "And?"}, {"role": "assistant", "content": answer}) for answer in answers]
+        return [*(message for turn in turns for message in turn), {"role": "user", "content": "Once more, when?"}]
+
+    rows = [
+        {"messages": conversation(*answers), "rewrite": "When was the bridge opened, was it 1874?", "gold": ["0"]}
+        for answers in ((), (other,), (right, other))
+    ]
+    arguments = (tiny_model, stub_teacher, Dataset.from_list(rows), corpus, "context")
+    plain, moved, repeated = build_examples(
+        *arguments, cache_dir=str(tmp_path), novelty_threshold=0.1, rank_top_k=2
+    ).targets
+    assert ((moved - plain) ** 2).sum() > 0
+    assert np.allclose(moved, repeated)
+
+
 @given(st.integers(1, 9), st.floats(-1, 1), st.integers(0, 2**16))
 @settings(max_examples=50, deadline=None)
 def test_what_is_turned_away_is_what_lies_over_the_threshold(count, threshold, seed):
