@@ -126,10 +126,9 @@ class EvalArguments:
         self.check_report(self.methods)
         if Path(self.output).suffix != ".json":
             raise ValueError(f"--output is {self.output!r}, wanted a file that ends in .json")
-        if Path(self.output).is_dir():
-            raise ValueError(
-                f"--output: {self.output} is a directory; name a file in it, such as {self.output}/test.json"
-            )
+        for flag, file, example in (("output", self.output, "test.json"), ("report", self.report, "failures.md")):
+            if file and Path(file).is_dir():
+                raise ValueError(f"--{flag}: {file} is a directory; name a file in it, such as {file}/{example}")
         # Now, and not after an hour of work.
         for flag, directory in (
             ("output", Path(self.output).parent),
@@ -231,7 +230,7 @@ def choose_methods(methods: list[str], task: "Task", model: "NativeRetrievalMode
 
 
 def evaluate(arguments: EvalArguments, command: str) -> dict[str, Any]:
-    """Runs the comparison and returns the result as `report.build_result` makes it."""
+    """Runs the comparison, writes the result, as `report.build_result` makes it, and the page on its failures; returns it."""
     from transformers.utils import logging
 
     from native_retrieval.data import load_task
@@ -250,7 +249,7 @@ def evaluate(arguments: EvalArguments, command: str) -> dict[str, Any]:
     if index is None:
         index = cached_index(arguments.cache_dir, task, teacher)
 
-    from native_retrieval.report import build_result
+    from native_retrieval.report import build_result, write_json
 
     comparison = Comparison(model, teacher, index, task.queries, methods, arguments.batch_size)
     runs = comparison.runs()
@@ -269,6 +268,7 @@ def evaluate(arguments: EvalArguments, command: str) -> dict[str, Any]:
     result["environment"]["dtype"] = str(model.backbone.dtype).removeprefix("torch.")
     if arguments.save_queries:
         result["methods"]["generate-then-encode"]["queries"] = comparison.written.queries
+    write_json(result, arguments.output)  # before the page, which takes memory on a large corpus
     if arguments.report:
         from native_retrieval.failures import write_failure_report
 
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = parse(argv)
         result = evaluate(arguments, shlex.join(["python", "eval.py", *argv]))
-        write(arguments, result)
+        show(arguments, result)
     except (ValueError, OSError) as error:
         if "--debug" in argv:
             raise
@@ -301,10 +301,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def write(arguments: EvalArguments, result: dict[str, Any]) -> None:
-    from native_retrieval.report import plot_by_turn, plot_quality_latency, print_table, write_json
+def show(arguments: EvalArguments, result: dict[str, Any]) -> None:
+    from native_retrieval.report import plot_by_turn, plot_quality_latency, print_table
 
-    write_json(result, arguments.output)
     print_table(result)
     if arguments.latency_queries:
         print(

@@ -10,7 +10,7 @@ import sys
 from typing import Annotated
 
 import torch
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, convert_to_openai_messages
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.tools import tool
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.prebuilt import InjectedState, ToolNode
@@ -18,6 +18,7 @@ from langgraph.prebuilt import InjectedState, ToolNode
 from native_retrieval.agent import search_results
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex
+from native_retrieval.integrations.langchain import conversation_of
 from native_retrieval.loading import load_model
 
 QUESTIONS = ("Who painted Guernica?", "Which war is it about?")
@@ -28,7 +29,7 @@ def build_graph(model, index: DocumentIndex):
     caches = {}  # the cache of the conversation in hand; a tensor has no place in a graph's state
 
     def prompt_of(messages: list[BaseMessage]) -> torch.Tensor:
-        return torch.tensor([model.build_prompt(convert_to_openai_messages(messages))], device=model.backbone.device)
+        return torch.tensor([model.build_prompt(conversation_of(messages))], device=model.backbone.device)
 
     def decide(state: MessagesState) -> dict:
         # A larger model decides for itself; one of 135M parameters always searches.
@@ -38,7 +39,7 @@ def build_graph(model, index: DocumentIndex):
     @tool
     def search(messages: Annotated[list[BaseMessage], InjectedState("messages")]) -> str:
         """Find documents for the conversation so far."""
-        conversation = convert_to_openai_messages(messages[:-1])  # without the call itself
+        conversation = conversation_of(messages[:-1])  # without the call itself
         found = model.embed_query(conversation, past_key_values=caches.get("last"), return_cache=True)
         caches["last"] = found.past_key_values
         _, rows = index.search(found.query_embeddings.float().cpu().numpy(), 1)

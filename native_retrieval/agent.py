@@ -93,9 +93,19 @@ class Agent:
         documents = [self.index.documents[row] for row in rows[0].tolist() if row != -1]
         searched = time.perf_counter()
         self.messages, self.cache = messages, output.past_key_values
-        self.results = search_results(question, documents[: self.num_read])
+        self.results = self._read(question, documents[: self.num_read])
         milliseconds = {"prefill and vector": 1000 * (embedded - begin), "search": 1000 * (searched - embedded)}
         return Found(documents, scores[0].tolist()[: len(documents)], vector[0], milliseconds)
+
+    def _read(self, question: str, documents: Sequence[Mapping[str, str]]) -> dict[str, str]:
+        """The documents as a tool's message: of long ones the beginning, so that half of the prompt is left to the rest."""
+        results, limit = search_results(question, documents), self.model.config.max_prompt_tokens
+        while limit and len(self.model.tokenizer(results["content"], verbose=False)["input_ids"]) > limit // 2:
+            documents = [{**document, "text": document["text"][: len(document["text"]) // 2]} for document in documents]
+            results = search_results(question, documents)
+            if not any(document["text"] for document in documents):
+                break
+        return results
 
     def answer(self) -> Iterator[str]:
         """

@@ -27,6 +27,7 @@ from .report import markdown_table, plot_training, read_result
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_card.md"
 RESULT_FIELDS = ("dataset", "split", "num_queries", "num_documents", "command", "baseline", "methods")
+FIGURES = ("by-turn", "failures", "quality-latency")  # of eval.py
 METRICS = {"recall@10": "Recall@10", "mrr@10": "MRR@10", "ndcg@10": "nDCG@10"}
 
 
@@ -56,8 +57,12 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
     (folder / "figures").mkdir(exist_ok=True)
     for path, result in evaluations.items():
         figures = []
-        for source in sorted((path.parent / "figures").glob(f"{path.stem}-*.png")):
-            shutil.copy(source, folder / "figures" / source.name)
+        for name in FIGURES:  # not every file that begins so: another result's name may begin with this one's
+            source = path.parent / "figures" / f"{path.stem}-{name}.png"
+            if not source.exists():
+                continue
+            if source.parent.resolve() != (folder / "figures").resolve():
+                shutil.copy(source, folder / "figures" / source.name)
             shown = {"path": f"figures/{source.name}", "caption": source.stem.replace("-", " ")}
             (failures if source.stem.endswith("failures") else figures).append(shown)
         tables.append({**result, "table": markdown_table(result), "figures": figures})
@@ -214,9 +219,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print(write_model_card(words.model, words.results))
     except Exception as error:  # the Hub's client raises errors of four libraries
-        print(
-            f"card: {' '.join(str(error).split())}; nothing here is lost, and the same command goes on", file=sys.stderr
-        )
+        hint = "; nothing here is lost, and the same command goes on" if words.push_to_hub else ""
+        print(f"card: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 2
     return 0
 

@@ -602,9 +602,9 @@ def _query(row: dict[str, Any]) -> dict[str, Any]:
         raise _BadRow(f"metadata.conv is {_kind(conv)}, wanted a string or an integer")
     turn = metadata.get("turn")
     if turn is None:
-        turn = sum(message["role"] == "user" for message in messages)
-    elif type(turn) is not int or not 0 <= turn < 2**31:
-        raise _BadRow(f"metadata.turn is {_shown(turn)}, wanted an integer from 0")
+        turn = max(1, sum(message["role"] == "user" for message in messages))
+    elif type(turn) is not int or not 1 <= turn < 2**31:
+        raise _BadRow(f"metadata.turn is {_shown(turn)}, wanted an integer from 1, the first turn")
     switch = metadata.get("switch")
     if switch is not None and type(switch) is not bool:
         raise _BadRow(f"metadata.switch is {_shown(switch)}, wanted true, false or null")

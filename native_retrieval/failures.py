@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .data import Task
-from .metrics import Run
+from .metrics import Run, ranking
 from .pipelines import Comparison
 from .report import BASELINE, CUTOFF, GREY, INK, NATIVE_COLOURS, PALE, TURN_BINS, failures
 
@@ -168,7 +168,7 @@ def _earlier(result: Mapping[str, Any], runs: Mapping[str, Run], task: Task, met
         total += 1
         for name in (method, BASELINE):
             run, rank = runs[name][query_id], result["methods"][name]["ranks"][row]
-            order = sorted(run, key=run.get, reverse=True)[: (rank or len(run) + 1) - 1]
+            order = ranking(run)[: (rank or len(run) + 1) - 1]
             above[name] += not earlier.isdisjoint(order)
     if not total:
         return "No query of this split has an earlier turn in it."
@@ -200,7 +200,7 @@ def _one_failure(
         run = runs[name][query["_id"]]
         rank = result["methods"][name]["ranks"][row]
         wrote = f", which wrote “{_short(comparison.written.queries[row])}”" if name == BASELINE else ""
-        first = max(run, key=run.get)  # an index may hold more than the data's own documents
+        first = ranking(run)[0]  # an index may hold more than the data's own documents
         lines.append(f"- {name}{wrote}: rank {rank or 'past 1,000'}; first: “{documents.get(first, first)}”")
     return [*lines, ""]
 

@@ -12,6 +12,8 @@ The teacher's documents in Qdrant, behind the interface of [`index.DocumentIndex
 The collection's metadata says which teacher's vectors it holds, as `index.json` does for a folder.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -95,11 +97,12 @@ class QdrantIndex:
             "teacher_fingerprint": teacher_fingerprint,
             "dimension": vectors.shape[1],
             "num_documents": len(documents),
+            "sha256": _digest(documents, vectors),
         }
         done = 0
         if client.collection_exists(collection):
             seen = client.get_collection(collection).config.metadata or {}
-            for name in ("format_version", "teacher_fingerprint", "num_documents"):
+            for name in ("format_version", "teacher_fingerprint", "num_documents", "sha256"):
                 if seen.get(name) != metadata[name]:
                     raise IndexMismatchError(
                         f"collection {collection!r} has {name} {seen.get(name)}, wanted {metadata[name]}; "
@@ -172,6 +175,13 @@ class QdrantIndex:
     def check_model(self, config: Any) -> None:
         """Raises `IndexMismatchError` unless a model with this `NativeRetrievalConfig` may search this index."""
         check_model(self.info, config)
+
+
+def _digest(documents: datasets.Dataset, vectors: np.ndarray) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(vectors, dtype=np.float32))
+    for batch in documents.iter(batch_size=10_000):
+        digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def _collection(client: QdrantClient, name: str) -> models.CollectionInfo:

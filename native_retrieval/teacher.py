@@ -89,7 +89,8 @@ class Teacher:
         return self.model.max_seq_length
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text, uncut."""
+        """Tokens of a text as a query, behind the teacher's prompt for queries if it has one, uncut."""
+        text = f"{self.model.prompts.get('query') or ''}{text}"
         tokenizer = self.tokenizer
         if isinstance(tokenizer, Tokenizer):  # a static embedding's
             return len(tokenizer.encode(text).ids)

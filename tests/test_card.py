@@ -50,6 +50,22 @@ def test_card_holds_results_and_is_valid_metadata(saved, tmp_path):
     assert str(tmp_path) not in str(card)
 
 
+def test_card_has_the_figures_of_its_results_alone(saved, tmp_path):
+    (tmp_path / "figures").mkdir()
+    for name in ("logs-test-by-turn", "logs-test-2-by-turn", "logs-test-failures"):
+        (tmp_path / "figures" / f"{name}.png").write_bytes(b"png")
+    card = write_model_card(saved, [result(tmp_path)]).read_text()
+    assert "figures/logs-test-by-turn.png" in card and "figures/logs-test-failures.png" in card
+    assert "logs-test-2" not in card and not (saved / "figures" / "logs-test-2-by-turn.png").exists()
+
+
+def test_card_of_a_result_in_the_models_own_folder(saved):
+    (saved / "figures").mkdir()
+    (saved / "figures" / "logs-test-by-turn.png").write_bytes(b"png")
+    assert "figures/logs-test-by-turn.png" in write_model_card(saved, [result(saved)]).read_text()
+    assert (saved / "figures" / "logs-test-by-turn.png").read_bytes() == b"png"
+
+
 def test_card_without_results_shows_dev(saved):
     assert "0.500" in write_model_card(saved).read_text()
 

@@ -271,9 +271,10 @@ BAD_QUERIES = [
     (query(rewrite=7), ":2: rewrite is a number, wanted a string"),
     (query(metadata=[]), ":2: metadata is a list, wanted an object"),
     (query(metadata={"conv": 1.5}), ":2: metadata.conv is a number, wanted a string or an integer"),
-    (query(metadata={"turn": "3"}), ":2: metadata.turn is '3', wanted an integer from 0"),
-    (query(metadata={"turn": True}), ":2: metadata.turn is True, wanted an integer from 0"),
-    (query(metadata={"turn": 2**40}), ":2: metadata.turn is 1099511627776, wanted an integer from 0"),
+    (query(metadata={"turn": "3"}), ":2: metadata.turn is '3', wanted an integer from 1"),
+    (query(metadata={"turn": 0}), ":2: metadata.turn is 0, wanted an integer from 1, the first turn"),
+    (query(metadata={"turn": True}), ":2: metadata.turn is True, wanted an integer from 1"),
+    (query(metadata={"turn": 2**40}), ":2: metadata.turn is 1099511627776, wanted an integer from 1"),
     (query(metadata={"switch": "yes"}), ":2: metadata.switch is 'yes', wanted true, false or null"),
     (b'{"_id": "\xc3"}', ":2: not UTF-8 (invalid continuation byte: 0xc3)"),
 ]

@@ -81,6 +81,17 @@ def test_end_to_end(capsys):
     assert "index search, the same for all vectors, is left out" in printed
 
 
+def test_a_page_that_cannot_be_written_costs_no_result(monkeypatch, capsys):
+    def full(*arguments, **settings):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("native_retrieval.failures.write_failure_report", full)
+    arguments = "--model model --data data --output results/test.json --latency_queries 0 --report page.md"
+    assert run(f"{arguments} --methods generate-then-encode native-context") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert json.loads(Path("results/test.json").read_text())["num_queries"] == 6
+
+
 def test_the_built_index_is_used_again_and_a_damaged_one_built_again(monkeypatch, capsys):
     arguments = "--model model --data data --output a.json --methods native-context --latency_queries 0"
     assert run(arguments) == 0
@@ -169,6 +180,7 @@ def fails(capsys, arguments: str, *words: str) -> None:
         ("--model model --data data --output data/corpus.jsonl/out.json", ["--output", "is a file"]),
         (f"{GOOD} --figures data/corpus.jsonl", ["--figures", "is a file"]),
         (f"{GOOD} --report page.md --methods native-context", ["--report", "generate-then-encode"]),
+        (f"{GOOD} --report data", ["--report: data is a directory", "data/failures.md"]),
     ],
 )
 def test_bad_arguments_are_named_before_anything_is_loaded(arguments, words, capsys, monkeypatch):

@@ -182,6 +182,50 @@ def test_langchain(store_name, model, teacher_dir, corpus, nearest):
     assert [document.page_content for document in retriever.invoke(QUESTIONS[0])] == by_text
 
 
+def test_what_langchain_agents_say_is_read(model):
+    """Thoughts, pictures, calls without text, results in parts: the text that there is."""
+    pytest.importorskip("langchain_core")
+    from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+
+    from native_retrieval.integrations.langchain import conversation_of
+
+    picture = {"type": "image_url", "image_url": {"url": "https://example.com/bridge.png"}}
+    messages = [
+        SystemMessage("Be brief."),
+        HumanMessage([{"type": "text", "text": QUESTIONS[0]}, picture]),
+        AIMessage("", tool_calls=[{"name": "search", "args": {}, "id": "1"}]),
+        ToolMessage([{"type": "text", "text": "Found it."}], tool_call_id="1"),
+        AIMessage([{"type": "thinking", "thinking": "Hm.", "signature": "x"}, {"type": "text", "text": "In 1874."}]),
+        HumanMessage(QUESTIONS[1]),
+    ]
+    conversation = conversation_of(messages)
+    assert [(message["role"], message["content"]) for message in conversation] == [
+        ("system", "Be brief."),
+        ("user", QUESTIONS[0]),
+        ("assistant", ""),
+        ("tool", "Found it."),
+        ("assistant", "In 1874."),
+        ("user", QUESTIONS[1]),
+    ]
+    assert model.embed_query([conversation]).shape == (1, 32)
+
+
+def test_what_llama_index_agents_say_is_read(model):
+    pytest.importorskip("llama_index.core")
+    from llama_index.core.base.llms.types import ChatMessage, MessageRole
+
+    from native_retrieval.integrations.llama_index import NativeRetrievalEmbeddings
+
+    roles = [MessageRole.DEVELOPER, MessageRole.USER, MessageRole.MODEL, MessageRole.FUNCTION, MessageRole.USER]
+    texts = ["Be brief.", QUESTIONS[0], None, "Found it.", QUESTIONS[1]]
+    messages = [ChatMessage(role=role, content=text) for role, text in zip(roles, texts, strict=True)]
+    query = NativeRetrievalEmbeddings(model).query(messages)
+    wanted = zip(("system", "user", "tool", "user"), (text for text in texts if text), strict=True)
+    plain = [{"role": role, "content": text} for role, text in wanted]
+    np.testing.assert_allclose(query.embedding, model.embed_query([plain])[0].numpy(), atol=1e-6)
+    assert query.query_str == QUESTIONS[1]
+
+
 def test_langchain_without_a_teacher_searches_and_says_why_it_cannot_add(model):
     pytest.importorskip("langchain_core")
     from native_retrieval.integrations.langchain import NativeRetrievalEmbeddings

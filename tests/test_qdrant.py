@@ -80,6 +80,16 @@ def test_it_is_opened_again_and_goes_on_where_it_stopped(client, made, monkeypat
     assert index.search(vectors[:1], 1)[1].tolist() == [[0]]
 
 
+def test_other_documents_are_not_mistaken_for_these(client, made):
+    documents, vectors = made
+    build(client, documents, vectors)
+    assert len(build(client, documents, vectors)) == NUM
+    edited = documents.map(lambda row: {**row, "text": row["text"].replace("Text 7.", "Text seven.")})
+    for others in ((edited, vectors), (documents, vectors[::-1].copy())):
+        with pytest.raises(IndexMismatchError, match="sha256"):
+            build(client, *others)
+
+
 def test_filters(client, made):
     documents, vectors = made
     models = qdrant_client.models
@@ -126,6 +136,23 @@ def test_an_agent_searches_it(client, made, make_model):
     found = agent.search("Who?")
     assert len(found.documents) == 5 and found.documents[0]["title"].startswith("Title")
     list(agent.answer())
+
+
+def test_a_document_longer_than_a_prompt_is_read_in_part(made, make_model, tmp_path):
+    documents, vectors = made
+    documents = documents.map(lambda row: {**row, "text": row["text"] + " and the old bridge" * 400})
+    model = make_model(teacher_name_or_path="a-teacher", teacher_fingerprint=FINGERPRINT, max_prompt_tokens=400)
+    index = DocumentIndex.build(documents, vectors, FINGERPRINT, "a-teacher", tmp_path / "index")
+    agent = Agent(model, index, num_read=2, max_new_tokens=3)
+    for question in ("When was the bridge opened?", "And by whom?"):
+        agent.search(question)
+        assert agent.results["content"].count("and the old bridge") > 1 and question in agent.results["content"]
+        "".join(agent.answer())
+        before = model.build_prompt(agent.messages[:-1])
+        assert len(model.build_prompt([*agent.messages[:-1], agent.results])) > len(
+            before
+        )  # the question is still there
+    assert [message["role"] for message in agent.messages] == ["user", "assistant"] * 2
 
 
 def test_a_dropped_connection_is_tried_again(made, tmp_path):

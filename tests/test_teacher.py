@@ -134,6 +134,16 @@ def test_queries_and_documents_have_prompts_of_their_own():
     np.testing.assert_array_equal(teacher.encode(TEXTS), teacher.encode(TEXTS, kind="query"))
 
 
+def test_a_query_is_counted_with_its_prompt(tiny_tokenizer, monkeypatch: pytest.MonkeyPatch):
+    """It takes room in what the teacher reads, so as much less of a conversation fits."""
+    teacher = Teacher("mine")
+    monkeypatch.setattr(teacher.model, "tokenizer", tiny_tokenizer)
+    for prompts in ({}, {"query": None}, {"query": "Find the bridge: "}):
+        monkeypatch.setattr(teacher.model, "prompts", prompts, raising=False)
+        whole = (prompts.get("query") or "") + TEXTS[1]
+        assert teacher.count_tokens(TEXTS[1]) == len(tiny_tokenizer(whole)["input_ids"])
+
+
 @pytest.mark.parametrize("text", ["zero", "nan"])
 def test_a_bad_vector_names_the_text(text: str, tmp_path: Path):
     teacher = Teacher("mine", cache_dir=tmp_path)

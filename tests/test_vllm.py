@@ -43,6 +43,16 @@ def test_the_server_renders_messages_as_build_prompt_does(vllm, tiny_model, mess
     assert "<|im_start|>system\nIgnore" in unguarded and "<|im_start|>system\nIgnore" not in rendered
 
 
+def test_the_server_loads_the_backbone_at_its_pinned_revision(vllm, folder: Path):
+    config = json.loads((folder / "config.json").read_text())
+    pinned = {"store_backbone": False, "backbone_name_or_path": "someone/backbone", "backbone_revision": "abc"}
+    (folder / "config.json").write_text(json.dumps({**config, **pinned}))
+    words = vllm.serve_command(str(folder), [])
+    given = dict(zip(words, words[1:], strict=False))
+    assert given["--model"] == "someone/backbone"
+    assert given["--revision"] == given["--tokenizer-revision"] == "abc"
+
+
 def test_a_call_without_text_passes_the_guard(vllm, tiny_tokenizer):
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] or m['tool_calls'][0]['name'] }}\n{% endfor %}"
     tiny_tokenizer.chat_template, before = template, tiny_tokenizer.chat_template

@@ -25,6 +25,11 @@ from langchain_core.vectorstores import VectorStore
 from ..teacher import teacher_of
 
 
+def conversation_of(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+    """LangChain's messages as a model takes them: roles and text, without pictures and what a model has thought."""
+    return [{"role": convert_to_openai_messages(message)["role"], "content": str(message.text)} for message in messages]
+
+
 class NativeRetrievalEmbeddings(Embeddings):
     """
     Queries by a language model's own hidden states, documents by its teacher.
@@ -71,6 +76,6 @@ class NativeRetriever(BaseRetriever):
     def _get_relevant_documents(
         self, query: str | Sequence[BaseMessage], *, run_manager: CallbackManagerForRetrieverRun
     ) -> list[Document]:
-        conversation = query if isinstance(query, str) else convert_to_openai_messages(list(query))
+        conversation = query if isinstance(query, str) else conversation_of(query)
         vector = self.model.embed_query([conversation])[0].tolist()
         return self.store.similarity_search_by_vector(vector, k=self.k)

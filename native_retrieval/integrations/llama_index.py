@@ -21,6 +21,9 @@ from llama_index.core.schema import QueryBundle
 
 from ..teacher import teacher_of
 
+# What other providers call them.
+ROLES = {"developer": "system", "function": "tool", "chatbot": "assistant", "model": "assistant"}
+
 
 class NativeRetrievalEmbeddings(BaseEmbedding):
     """
@@ -51,8 +54,11 @@ class NativeRetrievalEmbeddings(BaseEmbedding):
         """A conversation (or question) as a query that any retriever of LlamaIndex takes."""
         if isinstance(messages, str):
             return QueryBundle(messages, embedding=self._get_query_embedding(messages))
-        conversation = [{"role": message.role.value, "content": message.content} for message in messages]
-        return QueryBundle(conversation[-1]["content"] or "", embedding=self._embed(conversation))
+        conversation = [
+            {"role": ROLES.get(message.role.value, message.role.value), "content": message.content or ""}
+            for message in messages
+        ]
+        return QueryBundle(conversation[-1]["content"], embedding=self._embed(conversation))
 
     def _embed(self, conversation) -> Embedding:
         return self._model.embed_query([conversation])[0].tolist()

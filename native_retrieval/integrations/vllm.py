@@ -212,6 +212,9 @@ def serve_command(model: str, words: list[str]) -> list[str]:
         "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": config.hidden_state_layers}},
     }
     tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config)
+    if config.backbone_revision and not config.store_backbone:  # the one whose states the head was trained on
+        revision = config.backbone_revision
+        words = ["--revision", revision, "--tokenizer-revision", revision, *words]
     if tokenizer.chat_template:
         (own / "template.jinja").write_text(guarded_template(tokenizer), encoding="utf-8")
         # Text in parts comes to the template joined; parts of their own would pass the guard by.
