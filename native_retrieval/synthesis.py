@@ -720,7 +720,7 @@ def synthesise(
     if len(usable) < 2 * len(names):
         raise ValueError(
             f"Too few usable documents for {len(names)} splits: {2 * len(names)} wanted, {len(usable)} of "
-            f"{len(documents)} are usable."
+            f"{len(documents)} are usable. Usable are English texts with a title that say what it is, as an encyclopaedia does."
         )
     random.Random(seed).shuffle(usable)
     pools = dict(zip(names, divide(usable, shares, minimum=2), strict=True))
