@@ -624,6 +624,7 @@ def run(argv: list[str], held: ExitStack) -> None:
         "variety": data_args.variety,
         "data_licence": data_args.data_licence,
         "device": device_name(training_args.device),
+        "processes": training_args.world_size,
         "command": without_tokens(["train.py", *argv]),
     }
     if training_args.process_index == 0:

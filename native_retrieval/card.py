@@ -19,6 +19,8 @@ from pathlib import Path
 
 import safetensors
 from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from configuration_native_retrieval import NativeRetrievalConfig
 
@@ -77,13 +79,12 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
     history = facts.get("history", [])
     if history:
         plot_training(history, folder / "figures" / "training.png")
-    local = Path(facts["backbone"]).exists()
     data = ModelCardData(
         library_name="transformers",
         license="apache-2.0",
         pipeline_tag="feature-extraction",
         # The Hub links to repositories only; a folder of ours means nothing there.
-        base_model=None if local else [facts["backbone"]],
+        base_model=None if _is_local(facts["backbone"]) else [facts["backbone"]],
         tags=["native-retrieval", "query-embedding", "arxiv:2603.08429"],
         model_name=Path(repository).name,
         eval_results=entries or None,
@@ -114,7 +115,9 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
         failures=failures,
         training_figure=bool(history),
         duration=_duration(facts["training_seconds"]) if "training_seconds" in facts else None,
-        energy=_energy(facts["training_seconds"], facts["device"]) if "training_seconds" in facts else None,
+        energy=_energy(facts["training_seconds"], facts["device"], facts.get("processes", 1))
+        if "training_seconds" in facts
+        else None,
     )
     path = folder / "README.md"
     card.save(path)
@@ -194,14 +197,23 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(1, round(seconds / 60))} minutes"
 
 
-def _energy(seconds: float, device: str) -> str:
-    watts = 10 * int(device.split()[0]) if device.endswith("CPU cores") else 400
+def _energy(seconds: float, device: str, processes: int) -> str:
+    watts = 10 * int(device.split()[0]) if device.endswith("CPU cores") else 400 * processes
     return f"{watts * seconds / 3.6e6:.2g} kWh"
 
 
 def _linked(source: str) -> str:
     """A link to a Hub id; of a local path the last part, so that no card tells of its author's disk."""
-    return Path(source).name if Path(source).exists() else f"[{source}](https://huggingface.co/{source})"
+    return Path(source).name if _is_local(source) else f"[{source}](https://huggingface.co/{source})"
+
+
+def _is_local(source: str) -> bool:
+    """Whether a model's name is a path, of this disk or another's."""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return True
+    return Path(source).exists()
 
 
 def main(argv: list[str] | None = None) -> int:

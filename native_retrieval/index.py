@@ -22,6 +22,7 @@ from .teacher import same_teacher
 FORMAT_VERSION = 3
 EXACT_UP_TO = 100_000  # vectors: a scan of these takes some milliseconds; `benchmarks/index.py` has the figures
 APPROXIMATE = ("HNSW32,SQfp16", "efSearch=128")
+PARTS = ("index.json", "index.faiss", "documents")
 FIELDS = {"teacher_name", "teacher_fingerprint", "dimension", "num_documents", "search_parameters", "checksums"}
 REQUIRED_COLUMNS = ("_id", "title", "text")
 NORM_TOLERANCE = 1e-2  # lets half-precision vectors pass
@@ -86,7 +87,7 @@ class DocumentIndex:
 
         Raises:
             ValueError: documents or vectors that do not fit; the message names the document.
-            FileExistsError: `output_dir` is not empty, and holds no index or `overwrite` is off.
+            FileExistsError: `output_dir` is not empty, and holds no index, or more than one, or `overwrite` is off.
         """
         target = Path(output_dir)
         _check_target(target, overwrite)
@@ -124,7 +125,7 @@ class DocumentIndex:
             IndexMismatchError: the parts do not belong together, or another version wrote them.
         """
         path = Path(index_dir)
-        for part in ("index.json", "index.faiss", "documents"):
+        for part in PARTS:
             if not (path / part).exists():
                 raise FileNotFoundError(
                     f"{path} has no {part}, wanted index.json, index.faiss and documents/; "
@@ -257,6 +258,10 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{target} already holds an index, wanted a new or empty directory; "
             "pass another one, or overwrite=True to replace it."
+        )
+    if others := sorted({path.name for path in target.iterdir()}.difference(PARTS)):
+        raise FileExistsError(
+            f"{target} holds {others[0]!r} beside an index, which overwrite=True would remove too; move it, or pass another directory."
         )
 
 

@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -132,12 +131,8 @@ def write_json(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
     # A line break is never inside a JSON string, so this meets lists only.
     text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s*\]", lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", text)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        staging = Path(temporary, target.name)
-        staging.write_text(text + "\n", encoding="utf-8")
-        os.replace(staging, target)
+    with written_whole(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def read_result(path: str | os.PathLike[str], *wanted: str) -> dict[str, Any]:

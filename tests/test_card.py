@@ -66,6 +66,14 @@ def test_card_of_a_result_in_the_models_own_folder(saved):
     assert (saved / "figures" / "logs-test-by-turn.png").read_bytes() == b"png"
 
 
+def test_a_path_of_another_disk_is_no_repository(saved):
+    facts = json.loads((saved / "training.json").read_text())
+    (saved / "training.json").write_text(json.dumps({**facts, "backbone": ".cache/elsewhere/a-backbone"}))
+    card = ModelCard(write_model_card(saved).read_text())
+    assert card.data.base_model is None and "a-backbone" in card.text and "elsewhere" not in card.text
+    assert "https://huggingface.co/someone/teacher" in card.text
+
+
 def test_card_without_results_shows_dev(saved):
     assert "0.500" in write_model_card(saved).read_text()
 

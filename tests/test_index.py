@@ -186,6 +186,10 @@ def test_overwriting(directory: Path):
     with pytest.raises(FileExistsError, match="overwrite=True") as error:
         build(directory)
     assert_one_line(error)
+    (directory / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="notes.txt"):
+        build(directory, documents=make_documents(3), vectors=make_vectors(3), overwrite=True)
+    (directory / "notes.txt").unlink()
     build(directory, documents=make_documents(3), vectors=make_vectors(3), overwrite=True)
     assert len(DocumentIndex.load(directory)) == 3
     assert names_beside(directory) == ["index"]
