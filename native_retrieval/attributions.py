@@ -26,7 +26,12 @@ def word_weights(model: Any, messages: Messages) -> list[tuple[str, list[Word]]]
 
     A word's weight is the sum of its tokens', signed: below 0, the word is subtracted. Absolute weights are scaled so that
     they add up to 1 over the conversation.
+
+    Raises:
+        `ValueError`: if the model has no copy path.
     """
+    if model.copy_path is None:
+        raise ValueError("the model has no copy path (copy_num_heads=0), so no word has a weight of its own")
     output = model.embed_query([messages], mode="context", return_attributions=True)
     ids, weights = output.input_ids[0].tolist(), output.attributions[0].float().tolist()
     total = sum(map(abs, weights)) or 1.0

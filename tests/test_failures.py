@@ -74,3 +74,8 @@ def test_word_weights_are_the_models_own(tiny_model, tmp_path):
     assert 0.5 < np.abs(weights).sum() <= 1.001  # a line end carries the rest
     draw_attributions(tiny_model, [messages], tmp_path / "words.png")
     assert (tmp_path / "words.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_without_a_copy_path_has_no_word_weights(make_model):
+    with pytest.raises(ValueError, match="no copy path"):
+        word_weights(make_model(copy_num_heads=0), [{"role": "user", "content": "When was the bridge opened?"}])
