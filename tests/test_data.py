@@ -549,7 +549,7 @@ queries = st.fixed_dictionaries(
         "messages": chats,
         "rewrite": filled,
         "metadata": st.fixed_dictionaries(
-            {"conv": filled, "turn": st.integers(0, 99), "switch": st.none() | st.booleans()}
+            {"conv": filled, "turn": st.integers(1, 99), "switch": st.none() | st.booleans()}
         ),
     }
 )
