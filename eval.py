@@ -333,4 +333,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("eval.py: interrupted; what the teacher has encoded is kept, and no result was written")
+        sys.exit("eval.py: interrupted; what the teacher has encoded is kept")

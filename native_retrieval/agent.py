@@ -100,11 +100,11 @@ class Agent:
     def _read(self, question: str, documents: Sequence[Mapping[str, str]]) -> dict[str, str]:
         """The documents as a tool's message: of long ones the beginning, so that half of the prompt is left to the rest."""
         results, limit = search_results(question, documents), self.model.config.max_prompt_tokens
-        while limit and len(self.model.tokenizer(results["content"], verbose=False)["input_ids"]) > limit // 2:
+        while limit and any(document["text"] for document in documents):
+            if len(self.model.tokenizer(results["content"], verbose=False)["input_ids"]) <= limit // 2:
+                break
             documents = [{**document, "text": document["text"][: len(document["text"]) // 2]} for document in documents]
             results = search_results(question, documents)
-            if not any(document["text"] for document in documents):
-                break
         return results
 
     def answer(self) -> Iterator[str]:
