@@ -258,6 +258,7 @@ def evaluate(arguments: EvalArguments, command: str) -> dict[str, Any]:
         task.split,
         comparison.query_ids,
         list(task.queries["turn"]),
+        list(task.queries["conv"]),
         len(index),
         command,
         runs,

@@ -30,6 +30,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,7 +270,7 @@ def load_queries_of(entry: str, default_split: str):
     return name, task.queries, task.corpus
 
 
-def evenly(items: list, count: int) -> list:
+def evenly(items: Sequence, count: int) -> list:
     """`count` of the items at most, evenly spaced."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
@@ -277,6 +278,8 @@ def evenly(items: list, count: int) -> list:
 
 def load_data(data_args: DataArguments):
     """Train and dev sets, each a list of (name, queries, corpus or None), and the plain texts."""
+    from datasets import Dataset, concatenate_datasets
+
     from native_retrieval.data import drop_overlap, load_queries, load_texts, splits
 
     dev = [load_queries_of(entry, "dev") for entry in data_args.dev_data]
@@ -306,20 +309,36 @@ def load_data(data_args: DataArguments):
             dropped += count
         if dropped:
             print(f"{name}: left out {dropped} training queries whose conversation is in the dev or test data")
+        if corpus is None:
+            print(f"{name}: no qrels/train.tsv, so it is trained on without documents, towards its questions alone")
         if data_args.max_train_queries:
             queries = queries.select(range(min(data_args.max_train_queries, len(queries))))
         if weight < 1:
             queries = queries.select(range(round(weight * len(queries))))
+        if not len(queries):
+            raise ValueError(
+                f"train_data {entry} has no query left: {dropped} are of conversations that dev or test data have too, "
+                "and train_weights and max_train_queries leave none of the others; name other data, or leave it out"
+            )
         train.append((name, queries, corpus))
-    texts = [text for source in data_args.plain_text for text in load_texts(source)["text"]]
-    return train, dev, evenly(texts, data_args.num_plain_texts)
+    texts = concatenate_datasets(
+        [load_texts(source) for source in data_args.plain_text] or [Dataset.from_dict({"text": []})]
+    )
+    return train, dev, texts.select(evenly(range(len(texts)), data_args.num_plain_texts))["text"][:]
+
+
+def written(entry: str, data_args: DataArguments) -> bool:
+    """Whether queries are written for these conversations, the slow part of preparing data."""
+    return not data_args.generated_data or entry in data_args.generated_data
 
 
 def questions_of(train) -> list[str]:
     """Every user turn and rewrite that says something on its own."""
+    from native_retrieval.data import num_words
+
     questions = {m["content"] for _, q, _ in train for ms in q["messages"] for m in ms if m["role"] == "user"}
     questions |= {rewrite for _, q, _ in train for rewrite in q["rewrite"] if rewrite}
-    return sorted(text for text in questions if len(text.split()) > 3)
+    return sorted(text for text in questions if num_words(text) > 3)
 
 
 def that_fit(texts: list[str], build_prompt) -> list[str]:
@@ -499,6 +518,12 @@ def run(argv: list[str], held: ExitStack) -> None:
         raise ValueError("query_modes has probe, but num_probe_tokens is 0; set it to 8, for example")
     if training_args.load_best_model_at_end and not data_args.dev_data:
         raise ValueError("dev_data is missing; name it, or set --load_best_model_at_end false --eval_strategy no")
+    judged = [entry for entry in data_args.dev_data if "context" in data_args.query_modes or written(entry, data_args)]
+    if training_args.eval_strategy != "no" and not judged:
+        raise ValueError(
+            "no dev_data has a query mode to judge; name dev_data that generated_data has too, or set "
+            "--load_best_model_at_end false --eval_strategy no"
+        )
     output_dir = Path(training_args.output_dir)
     if (left := last_whole_checkpoint(output_dir)) and not run_args.resume:
         raise ValueError(
@@ -514,6 +539,7 @@ def run(argv: list[str], held: ExitStack) -> None:
     import datasets
     import torch
     from torch.utils.data import ConcatDataset
+    from transformers import set_seed
     from transformers.utils import logging
 
     from configuration_native_retrieval import QUERY_MODES
@@ -551,6 +577,7 @@ def run(argv: list[str], held: ExitStack) -> None:
     check_model_fields(model_args)
     train, dev, texts = load_data(data_args)  # a bad row, too, should be named before a model is loaded
     teacher = Teacher(model_args.teacher, model_args.teacher_revision, cache_dir=data_args.cache_dir)
+    set_seed(training_args.seed)  # the Trainer does so when the weights are drawn by then
     model = new_model(model_args, teacher).to(training_args.device)
     offset = 0
 
@@ -574,9 +601,8 @@ def run(argv: list[str], held: ExitStack) -> None:
         )
 
     def modes_of(entry: str) -> list[str]:
-        # Writing queries is the slow part of preparing data. The probe has a stage of its own.
-        written = not data_args.generated_data or entry in data_args.generated_data
-        return [mode for mode in data_args.query_modes if mode == "context" or (mode == "generated" and written)]
+        modes = ("context", "generated") if written(entry, data_args) else ("context",)  # the probe has its own stage
+        return [mode for mode in data_args.query_modes if mode in modes]
 
     def dev_parts(modes_of) -> dict:
         return {
@@ -635,6 +661,7 @@ def run(argv: list[str], held: ExitStack) -> None:
     # The other stages are short: no checkpoints, and no dev metrics before they end.
     without_checks = dataclasses.replace(
         training_args,
+        max_steps=-1,
         eval_strategy="no",
         save_strategy="no",
         load_best_model_at_end=False,
@@ -650,6 +677,7 @@ def run(argv: list[str], held: ExitStack) -> None:
             learning_rate=data_args.word_learning_rate,
             token_learning_rate=data_args.word_learning_rate,
             per_device_train_batch_size=data_args.word_batch_size,
+            gradient_accumulation_steps=1,
             rank_weight=0.0,
             alignment_weight=training_args.alignment_weight or 1.0,
         )

@@ -257,7 +257,9 @@ def main() -> None:
         if words.load:
             wanted = load_model(words.model).embed_query(conversations)
             result = asyncio.run(under_load(words.load, conversations, wanted, process))
-            write({"command": " ".join(["python", *sys.argv]), **result}, Path(words.output), draw_memory)
+            write(
+                {"command": " ".join([".venv-vllm/bin/python", *sys.argv]), **result}, Path(words.output), draw_memory
+            )
             print(f"{result['wrong']} wrong; memory grew by {result['growth_mb_second_half']} MB in the second half")
             return
     with server(serve_command(words.model, LONGEST), PORT):  # anew: nothing of the check is in its cache
@@ -270,7 +272,7 @@ def main() -> None:
         rows += measure(TWO, turn, [PORT, TEACHER_PORT], warm, parts)
     speed = {(row["way"], row["concurrency"]): row["turns_per_s"] for row in rows}
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join([".venv-vllm/bin/python", *sys.argv]),
         "turns": share,
         "cores": os.cpu_count(),
         "lowest_cosine": round(cosine, 5),

@@ -9,7 +9,7 @@ import sys
 
 from native_retrieval.agent import Agent
 from native_retrieval.cli import CommandParser, one_line_errors
-from native_retrieval.index import DocumentIndex
+from native_retrieval.index import DocumentIndex, label
 from native_retrieval.loading import load_model
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     while question := input("\nYou     ").strip():
         found = agent.search(question)
         milliseconds = ", ".join(f"{name} {spent:.0f} ms" for name, spent in found.milliseconds.items())
-        print(f"Found   {' | '.join(document['title'] for document in found.documents)} ({milliseconds})")
+        print(f"Found   {' | '.join(map(label, found.documents))} ({milliseconds})")
         print("Agent   ", end="")
         for piece in agent.answer():
             print(piece, end="", flush=True)

@@ -19,8 +19,9 @@ from starlette.middleware import Middleware
 
 from native_retrieval.agent import Agent
 from native_retrieval.cli import CommandParser, one_line_errors
-from native_retrieval.index import DocumentIndex
+from native_retrieval.index import DocumentIndex, label
 from native_retrieval.loading import load_model
+from native_retrieval.pipelines import read_query
 from native_retrieval.report import plot_map
 from native_retrieval.teacher import Teacher, teacher_of
 
@@ -77,10 +78,10 @@ def compare(model, teacher: Teacher, index: DocumentIndex, messages: list[dict])
 
     output = timed(NATIVE, "head", model.embed_prefilled, prefill, "context")
     _, (query,) = timed(PIPELINE, "write the query", model.write_queries, prefill)
-    comparison.query = model.tokenizer.decode(query, skip_special_tokens=True).strip()
+    comparison.query = read_query(model.tokenizer, query, messages[-1]["content"])  # as `eval.py` reads it
     comparison.vectors = {
         NATIVE: output.query_embeddings.float().cpu().numpy(),
-        PIPELINE: timed(PIPELINE, "encode it", teacher.encode, [comparison.query or "."]),
+        PIPELINE: timed(PIPELINE, "encode it", teacher.encode, [comparison.query]),
     }
     for way, vector in comparison.vectors.items():
         scores, rows = timed(way, "search", index.search, vector, NUM_DOCUMENTS)
@@ -89,8 +90,8 @@ def compare(model, teacher: Teacher, index: DocumentIndex, messages: list[dict])
 
 
 def table(index: DocumentIndex, rows: list[int], scores: list[float]) -> pd.DataFrame:
-    titles = [index.documents[row]["title"] for row in rows]
-    return pd.DataFrame({"document": titles, "cosine": [round(score, 3) for score in scores]})
+    names = [label(index.documents[row]) for row in rows]
+    return pd.DataFrame({"document": names, "cosine": [round(score, 3) for score in scores]})
 
 
 def bars(comparison: Comparison) -> pd.DataFrame:
@@ -99,12 +100,13 @@ def bars(comparison: Comparison) -> pd.DataFrame:
 
 def chart(index: DocumentIndex, comparison: Comparison):
     """Queries as stars, documents as points: blue if found natively, orange by the pipeline, grey by both."""
-    written = comparison.query.strip("\"'") or "(an empty query)"
-    queries = {"native query": comparison.vectors[NATIVE][0], f"“{written}”": comparison.vectors[PIPELINE][0]}
+    queries = {"native query": comparison.vectors[NATIVE][0], f"“{comparison.query}”": comparison.vectors[PIPELINE][0]}
     documents = {}
     for row in dict.fromkeys([*comparison.rows[NATIVE], *comparison.rows[PIPELINE]]):
         ways = tuple(way for way in (NATIVE, PIPELINE) if row in comparison.rows[way])
-        documents[index.documents[row]["title"]] = (index.vectors.reconstruct(row), COLOURS[ways])
+        name = label(index.documents[row])
+        name = f"{row}: {name}" if name in documents else name
+        documents[name] = (index.vectors.reconstruct(row), COLOURS[ways])
     return plot_map(queries, documents)
 
 

@@ -8,7 +8,7 @@ A conversation to documents.
 import sys
 
 from native_retrieval.cli import CommandParser, one_line_errors
-from native_retrieval.index import DocumentIndex
+from native_retrieval.index import DocumentIndex, label
 from native_retrieval.loading import load_model
 
 MESSAGES = [
@@ -28,7 +28,7 @@ def main() -> None:
     index.check_model(model.config)
     scores, rows = index.search(model.embed_query(MESSAGES), k=3)
     for score, row in zip(scores[0], rows[0], strict=True):
-        print(f"{score:.3f}  {index.documents[int(row)]['title']}")
+        print(f"{score:.3f}  {label(index.documents[int(row)])}")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,10 @@ PROBLEMS_SHOWN = 20
 PROBLEMS_PER_FILE = 1000
 
 MIN_OVERLAP_WORDS = 4
+# Thai, Lao, Burmese, Khmer; Japanese syllables; Han.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HEADER = ["query-id", "corpus-id", "score"]
@@ -169,7 +173,7 @@ def load_queries(source: Source, split: str | None = None, *, revision: str | No
     Raises:
         DataError: naming every bad row of the queries and of the qrels, and judgements of unknown queries.
     """
-    folder = _folder(source, ["queries.jsonl*", "qrels/*.tsv"], revision)
+    folder = _folder(source, ["queries.jsonl*", "qrels/*.tsv*"], revision)
     return _load_queries(folder, split)
 
 
@@ -182,7 +186,7 @@ def load_qrels(source: Source, split: str, *, revision: str | None = None) -> di
     Raises:
         DataError: naming every bad row. Ids are checked against queries and corpus by `load_task`.
     """
-    folder = _folder(source, ["qrels/*.tsv"], revision)
+    folder = _folder(source, ["qrels/*.tsv*"], revision)
     problems: list[str] = []
     judgements = _read_judgements(folder, split, problems)
     if problems:
@@ -192,7 +196,7 @@ def load_qrels(source: Source, split: str, *, revision: str | None = None) -> di
 
 def splits(source: Source, *, revision: str | None = None) -> list[str]:
     """Names of the qrels files, sorted; empty for a folder of queries without judgements."""
-    return _splits(_folder(source, ["qrels/*.tsv"], revision))
+    return sorted(_splits(_folder(source, ["qrels/*.tsv*"], revision)))
 
 
 def load_task(source: Source, split: str, *, revision: str | None = None) -> Task:
@@ -203,7 +207,7 @@ def load_task(source: Source, split: str, *, revision: str | None = None) -> Tas
     Raises:
         DataError: with the problems of all the files together.
     """
-    folder = _folder(source, ["corpus.jsonl*", "queries.jsonl*", "qrels/*.tsv"], revision)
+    folder = _folder(source, ["corpus.jsonl*", "queries.jsonl*", "qrels/*.tsv*"], revision)
     problems: list[str] = []
     try:
         corpus = _load_corpus(folder)
@@ -222,7 +226,7 @@ def load_task(source: Source, split: str, *, revision: str | None = None) -> Tas
         missing.difference_update(batch["_id"])
     for judgement in judgements:
         if judgement.document in missing:
-            where = f"qrels/{split}.tsv:{judgement.line}"
+            where = f"{_qrels_file(folder, split)}:{judgement.line}"
             problems.append(f"{where}: unknown document {judgement.document!r} — no row of the corpus has this _id")
     if problems:
         raise DataError(source, problems)
@@ -262,7 +266,8 @@ def drop_overlap(train_queries: Dataset, held_out_queries: Dataset) -> tuple[Dat
     """Training queries without those whose conversation also stands in a held-out split, and how many were dropped.
 
     A training row goes if, ignoring case and white space, a held-out row has the same first user message (of at least
-    4 words: shorter ones open many conversations), the same rewrite, or the same messages throughout.
+    4 words: shorter ones open many conversations), the same rewrite, or the same messages throughout. In scripts that
+    write no spaces between words, three characters are counted as a word.
     """
     held_out = {key for keys in _overlap_keys(held_out_queries) for key in keys}
     keep = [i for i, keys in enumerate(_overlap_keys(train_queries)) if held_out.isdisjoint(keys)]
@@ -275,11 +280,17 @@ def _overlap_keys(queries: Dataset) -> Iterator[list[tuple[str, ...]]]:
             turns = [(message["role"], _normalised(message["content"])) for message in messages]
             keys: list[tuple[str, ...]] = [("messages", *(part for turn in turns if turn[1] for part in turn))]
             first = next((text for role, text in turns if role == "user" and text), "")
-            if len(first.split()) >= MIN_OVERLAP_WORDS:
+            if num_words(first) >= MIN_OVERLAP_WORDS:
                 keys.append(("first", first))
             if rewrite.strip():
                 keys.append(("rewrite", _normalised(rewrite)))
             yield keys
+
+
+def num_words(text: str) -> int:
+    """How many words a text has, roughly: between white space, or three characters of a script that writes no spaces."""
+    unspaced = len(_UNSPACED.findall(text))
+    return len(_UNSPACED.sub(" ", text).split()) + -(-unspaced // 3)
 
 
 def _normalised(text: str) -> str:
@@ -317,8 +328,15 @@ def _find(folder: Path, stem: str) -> str:
     return found[0]
 
 
-def _splits(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("qrels/*.tsv"))
+def _splits(folder: Path) -> dict[str, str]:
+    """The name of each split's file, `qrels/<split>.tsv` or `qrels/<split>.tsv.gz`."""
+    found: dict[str, str] = {}
+    for path in sorted([*folder.glob("qrels/*.tsv"), *folder.glob("qrels/*.tsv.gz")]):
+        split = path.name.removesuffix(".gz").removesuffix(".tsv")
+        if split in found:
+            raise DataError(folder, [f"both {found[split]} and qrels/{path.name} are there — keep one of them"])
+        found[split] = f"qrels/{path.name}"
+    return found
 
 
 # Building the data sets
@@ -393,7 +411,7 @@ def _query_rows(folder: str, name: str, split: str | None, digest: str) -> Itera
     if not problems:
         for judgement in judgements:
             if judgement.query in unknown:
-                where = f"qrels/{split}.tsv:{judgement.line}"
+                where = f"{_qrels_file(Path(folder), split)}:{judgement.line}"
                 problems.append(f"{where}: unknown query {judgement.query!r} — no row of {name} has this _id")
     _raise_if_any(folder, problems)
 
@@ -523,7 +541,7 @@ def _qrels_file(folder: Path, split: str) -> str:
         raise DataError(
             folder, [f"qrels/{split}.tsv: no such split; there is {', '.join(there) or 'none (no qrels/*.tsv)'}"]
         )
-    return f"qrels/{split}.tsv"
+    return there[split]
 
 
 def _read_judgements(folder: Path, split: str, problems: list[str]) -> list[_Judgement]:

@@ -7,6 +7,7 @@ of noise. The FAISS file is memory-mapped, so that opening a large index costs n
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +27,12 @@ PARTS = ("index.json", "index.faiss", "documents")
 FIELDS = {"teacher_name", "teacher_fingerprint", "dimension", "num_documents", "search_parameters", "checksums"}
 REQUIRED_COLUMNS = ("_id", "title", "text")
 NORM_TOLERANCE = 1e-2  # lets half-precision vectors pass
+
+
+def label(document: Mapping[str, str]) -> str:
+    """What people read for a document: its title, or the beginning of a text that has none."""
+    text = " ".join(document["text"].split())
+    return document["title"].strip() or (text if len(text) <= 60 else f"{text[:59]}…")
 
 
 class IndexMismatchError(ValueError):

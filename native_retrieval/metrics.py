@@ -90,15 +90,24 @@ def ranks(run: Run, qrels: Qrels, query_ids: Sequence[str], cutoff: int = 1000) 
 
 
 def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+    a: Sequence[float],
+    b: Sequence[float],
+    groups: Sequence[str] | None = None,
+    *,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> tuple[float, float, float]:
     """Difference `mean(a) - mean(b)` and its confidence interval, over the same queries.
 
-    The queries are resampled, and with each both of its values. The interval is the percentile one: BCa divides by the
-    spread of the differences and gives nan where all of them are equal, which two methods that agree on every query do.
+    Whole groups are resampled, and with each query both of its values: the turns of one conversation go well or badly
+    together, so queries drawn one by one would promise more than they know. The interval is the percentile one: BCa
+    divides by the spread of the differences and gives nan where all of them are equal, which two methods that agree on
+    every query do.
 
     Args:
         a, b: one value a query, aligned.
+        groups: the conversation of each query, by default one each; a single conversation is resampled by its queries.
 
     Returns:
         `(difference, low, high)`.
@@ -111,9 +120,17 @@ def paired_bootstrap(
     if len(a) < 2:
         raise ValueError(f"An interval over {len(a)} queries does not exist, wanted at least 2; evaluate more queries.")
     differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    if groups is not None and len(groups) != len(a):
+        raise ValueError(f"groups has {len(groups)} values for {len(a)} queries, wanted one a query.")
+    group_of = np.arange(len(differences))
+    if groups is not None and len(set(groups)) > 1:
+        group_of = np.unique(groups, return_inverse=True)[1]
+    sums, sizes = np.bincount(group_of, differences), np.bincount(group_of)
     interval = stats.bootstrap(
-        (differences,),
-        np.mean,
+        (sums, sizes),
+        lambda sums, sizes, axis: sums.sum(axis) / sizes.sum(axis),
+        paired=True,
+        vectorized=True,
         n_resamples=resamples,
         batch=1000,  # bounds the memory: 1000 x queries numbers at a time
         confidence_level=confidence,

@@ -222,6 +222,11 @@ class Written:
     vectors: np.ndarray  # float32 (queries, embedding_dim)
 
 
+def read_query(tokenizer, tokens: list[int], last_question: str) -> str:
+    """The text of a written query, without quotes around it; of an empty one, the last question."""
+    return tokenizer.decode(tokens, skip_special_tokens=True).strip(string.whitespace + QUOTES) or last_question
+
+
 class Comparison:
     """
     Methods over the same queries and the same index. Whatever several methods need is computed once: one written query
@@ -319,9 +324,7 @@ class Comparison:
         return Written(queries, vectors)
 
     def read_query(self, i: int, tokens: list[int]) -> str:
-        """The text of a written query, without quotes around it; of an empty one, the last question."""
-        text = self.model.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text.strip(string.whitespace + QUOTES) or self.last_questions[i]
+        return read_query(self.model.tokenizer, tokens, self.last_questions[i])
 
     def search(self, vectors: np.ndarray) -> "Run":
         scores, rows = self.index.search(vectors, DEPTH)

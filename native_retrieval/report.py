@@ -59,6 +59,7 @@ def build_result(
     split: str,
     query_ids: Sequence[str],
     turns: Sequence[int],
+    conversations: Sequence[str],
     num_documents: int,
     command: str,
     runs: Mapping[str, Run],
@@ -71,6 +72,7 @@ def build_result(
     Args:
         query_ids: the queries, in the order of every list in the result.
         turns: number of user turns so far, one a query.
+        conversations: which conversation each query belongs to; the intervals are over conversations.
         command: the command line that a reader repeats to get these numbers.
         runs: the run of every method.
         latencies: milliseconds a query after the prefill, a list a method; `None` or no entry where none were taken.
@@ -81,7 +83,7 @@ def build_result(
         `wins_ties_losses` counts queries with a relevant document in the top 10; `ranks` are 1-based, `None` past 1000.
 
     Raises:
-        ValueError: `turns` of another length than `query_ids`, and what `metrics.per_query` raises.
+        ValueError: `turns` or `conversations` of another length than `query_ids`, and what `metrics.per_query` raises.
     """
     if len(turns) != len(query_ids):
         raise ValueError(f"There are {len(turns)} turns for {len(query_ids)} queries, wanted one a query.")
@@ -91,7 +93,10 @@ def build_result(
     for method in _ordered(runs):
         delta = outcome = None
         if baseline in runs:
-            delta = {name: list(paired_bootstrap(values[method][name], values[baseline][name])) for name in MEASURES}
+            delta = {
+                name: list(paired_bootstrap(values[method][name], values[baseline][name], conversations))
+                for name in MEASURES
+            }
             outcome = wins_ties_losses(_hits(places[method]), _hits(places[baseline]))
         methods[method] = {
             **{name: float(np.mean(values[method][name])) for name in MEASURES},

@@ -303,7 +303,10 @@ class NativeRetrievalTrainer(Trainer):
         lengths = [length for part in parts for length in part.lengths]
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return _GroupedByLength(
-            batch, lengths, self.args.data_seed or self.args.seed, lambda: int(self.state.epoch or 0)
+            batch,
+            lengths,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            lambda: int(self.state.epoch or 0),
         )
 
     # -- dev metrics --------------------------------------------------------------------------------------------------

@@ -209,13 +209,13 @@ def serve(words: str) -> Callable[[World], int]:
     return lambda world: vllm_integration().main(shlex.split(words))
 
 
-def request(**asked: Any) -> Callable[[World], str]:
+def request(max_prompt_tokens: int = 9, **asked: Any) -> Callable[[World], str]:
     """What our connector in vLLM answers to these `kv_transfer_params`, for a prompt of 9 tokens that passed in parts."""
 
     def call(world: World) -> str:
         vllm = vllm_integration()
         connector = vllm.NativeQueryConnector.__new__(vllm.NativeQueryConnector)
-        connector.folder = Path("nowhere")
+        connector.folder, connector.max_prompt_tokens = Path("nowhere"), max_prompt_tokens
         asking = SimpleNamespace(kv_transfer_params=asked, num_prompt_tokens=9, request_id="r")
         return connector.request_finished(asking, [])[1]["query_error"]
 
@@ -297,7 +297,7 @@ ROWS = [
     Row("model.generate", "a cache of two conversations for one", lambda w: w.model.generate(torch.tensor([[5, 6]]), past_key_values=cache_of(w, "a?", "b?")), ("holds 2 conversations", "1 are to go on")),
     Row("model.forward", "a row without a token to read", lambda w: w.model(torch.tensor([[5, 6]]), readout_mask=torch.zeros(1, 2, dtype=torch.bool)), ("readout_mask", "mark at least one")),
     Row("model.forward", "hidden states of other tokens", lambda w: w.model(torch.tensor([[5, 6]]), hidden_states=torch.zeros(1, 3, 5, 32)), ("(1, 3)", "(1, 2)", "for the same tokens")),
-    Row("build_prompt", "max_tokens=3", lambda w: importlib.import_module("modeling_native_retrieval").build_prompt(w.model.tokenizer, QUESTION, 3), ("max_prompt_tokens=3", "shorten it or raise")),
+    Row("build_prompt", "max_tokens=3", lambda w: importlib.import_module("modeling_native_retrieval").build_prompt(w.model.tokenizer, QUESTION, 3), ("max_prompt_tokens=3", "shorten it, or raise")),
     Row("build_prompt", "a string", lambda w: w.model.build_prompt("Who?"), ("conversation is a str", "give a list of {'role', 'content'}")),
     # Python: models and configurations
     Row("NativeRetrievalModel.from_pretrained", "a folder without a model", lambda w: type(w.model).from_pretrained("data"), ("data/config.json does not exist", "saved NativeRetrievalModel")),
@@ -321,6 +321,8 @@ ROWS = [
     train("--dev_data data/corpus.jsonl", "data/corpus.jsonl"),
     train("--dev_data data data:test", "dev_data names data twice", "rename a folder"),
     train("--dev_data bad", "dev_data bad has no qrels/dev.tsv", "bad:SPLIT", files={"bad/corpus.jsonl": DOCUMENT, "bad/queries.jsonl": ASKED, "bad/qrels/test.tsv": "q1\td1\t1\n"}),
+    train("--train_data data:test --dev_data data:test", "data:test has no query left", "6 are of conversations"),
+    train("--query_modes generated --query_mode generated --generated_data data data:train --train_data data:train --dev_data data:dev", "no dev_data has a query mode to judge", "--eval_strategy no"),
     train("--plain_text text.csv", "text.csv", "must end in .txt", files={"text.csv": "a"}),
     train("--query_modes psychic", "'psychic'", "choose from context, generated, probe"),
     train("--query_modes probe", "query_modes has probe", "num_probe_tokens"),
@@ -423,6 +425,7 @@ ROWS = [
     data("load_corpus", "a row that is not JSON", {"corpus.jsonl": DOCUMENT + "{"}, "corpus.jsonl:2: not valid JSON"),
     data("load_corpus", "the same id twice", {"corpus.jsonl": 2 * DOCUMENT}, "corpus.jsonl:2: duplicate _id 'd1'", "must be unique"),
     data("load_corpus", "not UTF-8", {"corpus.jsonl": b"\xff"}, "corpus.jsonl:1: not UTF-8", "0xff"),
+    data("splits", "a split twice", {"qrels/test.tsv": "", "qrels/test.tsv.gz": ""}, "both qrels/test.tsv and qrels/test.tsv.gz", "keep one"),
     data("load_corpus", "gzip data without .gz", {"corpus.jsonl": b"\x1f\x8b\x08"}, "corpus.jsonl: holds gzip data", "must end in .gz"),
     data("load_corpus", "an empty file", {"corpus.jsonl": ""}, "corpus.jsonl: empty file"),
     data("load_queries", "a query with a text", {"queries.jsonl": '{"_id": "q", "text": "Who?"}'}, "queries.jsonl:1: messages is missing", 'write its text as [{"role": "user"'),
@@ -467,6 +470,7 @@ ROWS = [
     Row("vLLM server", "query_mode='psychic'", request(query_mode="psychic"), ("query_mode='psychic'", "choose one of context, generated")),
     Row("vLLM server", "query_mode='probe'", request(query_mode="probe"), ("query_mode='probe'", "choose one of context, generated")),
     Row("vLLM server", "num_query_tokens='many'", request(query_mode="generated", num_query_tokens="many"), ("num_query_tokens='many'", "from 1 to the prompt's 9")),
+    Row("vLLM server", "a conversation that the model would cut", request(8, query_mode="context"), ("9 tokens", "max_prompt_tokens=8", "oldest turns")),
     Row("vLLM server", "more query tokens than the prompt has", request(query_mode="generated", num_query_tokens=10), ("num_query_tokens=10", "from 1 to the prompt's 9")),
     # Measures
     Row("per_query", "a query without a relevant document", lambda w: importlib.import_module("native_retrieval.metrics").per_query({}, {"q": {}}, ["q"]), ("'q' has no relevant document", "leave the query out")),

@@ -126,8 +126,10 @@ def test_queries_without_a_split_are_all_rows(task_folder: Path) -> None:
 
 
 def test_gzip_equals_plain(task_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    files = {"corpus.jsonl.gz": CORPUS, "queries.jsonl.gz": QUERIES, "qrels/test.tsv": QRELS}
-    zipped = load_task(write(tmp_path_factory.mktemp("zipped"), files), "test")
+    files = {"corpus.jsonl.gz": CORPUS, "queries.jsonl.gz": QUERIES, "qrels/test.tsv.gz": QRELS}
+    folder = write(tmp_path_factory.mktemp("zipped"), files)
+    zipped = load_task(folder, "test")
+    assert data.splits(folder) == ["test"]
     plain = load_task(task_folder, "test")
     assert zipped.corpus.to_list() == plain.corpus.to_list()
     assert zipped.queries.to_list() == plain.queries.to_list()
@@ -427,7 +429,7 @@ def test_hub_source(task_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = load_task("someone/some-data", "test", revision="v1")
     assert task.name == "someone/some-data"
     assert task.corpus.to_list() == CORPUS
-    patterns = ["corpus.jsonl*", "queries.jsonl*", "qrels/*.tsv"]
+    patterns = ["corpus.jsonl*", "queries.jsonl*", "qrels/*.tsv*"]
     wanted = {"repo_type": "dataset", "allow_patterns": patterns, "revision": "v1"}
     assert calls == [("someone/some-data", wanted)]
 
@@ -532,6 +534,16 @@ def test_drop_overlap() -> None:
     kept, dropped = drop_overlap(train, held_out)
     assert kept["_id"][:] == ["1", "2", "5"]
     assert dropped == 3
+
+
+@pytest.mark.parametrize(
+    ("question", "greeting"),
+    [("ベルフォード博物館はいつ設立されましたか", "こんにちは"), ("贝尔福德博物馆是什么时候成立的", "你好")],
+)
+def test_drop_overlap_knows_questions_of_scripts_without_spaces(question: str, greeting: str) -> None:
+    held_out = queries_of(([question], ""), ([greeting], ""))
+    kept, _ = drop_overlap(queries_of(([question, "…", "?"], ""), ([greeting, "…", "?"], "")), held_out)
+    assert kept["_id"][:] == ["1"]
 
 
 # Properties

@@ -22,7 +22,8 @@ def evaluated(tiny_model, stub_teacher, beir_folder, tmp_path):
     runs = comparison.runs()
     turns = list(task.queries["turn"])
     times = dict.fromkeys(runs)
-    result = build_result("stub", "test", comparison.query_ids, turns, len(index), "eval", runs, task.qrels, times)
+    about = ("stub", "test", comparison.query_ids, turns, list(task.queries["conv"]), len(index), "eval")
+    result = build_result(*about, runs, task.qrels, times)
     return result, runs, task, comparison
 
 

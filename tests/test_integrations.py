@@ -185,7 +185,14 @@ def test_langchain(store_name, model, teacher_dir, corpus, nearest):
 def test_what_langchain_agents_say_is_read(model):
     """Thoughts, pictures, calls without text, results in parts: the text that there is."""
     pytest.importorskip("langchain_core")
-    from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+    from langchain_core.messages import (
+        AIMessage,
+        FunctionMessage,
+        HumanMessage,
+        SystemMessage,
+        ToolMessage,
+        convert_to_messages,
+    )
 
     from native_retrieval.integrations.langchain import conversation_of
 
@@ -196,15 +203,19 @@ def test_what_langchain_agents_say_is_read(model):
         AIMessage("", tool_calls=[{"name": "search", "args": {}, "id": "1"}]),
         ToolMessage([{"type": "text", "text": "Found it."}], tool_call_id="1"),
         AIMessage([{"type": "thinking", "thinking": "Hm.", "signature": "x"}, {"type": "text", "text": "In 1874."}]),
+        FunctionMessage("In 1875.", name="search"),
         HumanMessage(QUESTIONS[1]),
     ]
+    messages = [*convert_to_messages([("developer", "Search first.")]), *messages]
     conversation = conversation_of(messages)
     assert [(message["role"], message["content"]) for message in conversation] == [
+        ("system", "Search first."),
         ("system", "Be brief."),
         ("user", QUESTIONS[0]),
         ("assistant", ""),
         ("tool", "Found it."),
         ("assistant", "In 1874."),
+        ("tool", "In 1875."),
         ("user", QUESTIONS[1]),
     ]
     assert model.embed_query([conversation]).shape == (1, 32)

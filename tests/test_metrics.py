@@ -186,6 +186,22 @@ def test_bootstrap_is_paired():
     assert 0.99 < low <= high < 1.01
 
 
+def test_bootstrap_resamples_whole_conversations():
+    """Turns that say the same thing are one observation, however often it is repeated and in whatever order."""
+    generator = np.random.default_rng(4)
+    values, zeros = generator.random(40), np.zeros(40)
+    alone = paired_bootstrap(values, zeros)
+    order = generator.permutation(200)
+    conversations = [f"c{i}" for i in np.repeat(np.arange(40), 5)[order]]
+    turns = np.repeat(values, 5)[order]
+    together = paired_bootstrap(turns, np.zeros(200), conversations)
+    assert together == pytest.approx(alone, abs=0.01)
+    _, low, high = paired_bootstrap(turns, np.zeros(200))
+    assert high - low < 0.6 * (together[2] - together[1])
+    assert paired_bootstrap(values, zeros, [f"c{i}" for i in range(40)]) == pytest.approx(alone, abs=0.01)
+    assert paired_bootstrap(values, zeros, ["c"] * 40) == alone, "one conversation: its queries are all that there is"
+
+
 @pytest.mark.parametrize("constant", [0.0, 0.25])
 def test_bootstrap_of_equal_differences_is_a_point(constant):
     b = np.array([0.0, 0.5, 0.25, 0.0])
@@ -205,6 +221,8 @@ def test_bootstrap_narrows_with_confidence_and_queries():
 def test_bootstrap_refuses(a, b, message):
     with pytest.raises(ValueError, match=message):
         paired_bootstrap(a, b)
+    with pytest.raises(ValueError, match="groups has 1 values for 2 queries"):
+        paired_bootstrap([1.0, 2.0], [1.0, 2.0], ["c"])
 
 
 def test_a_95_percent_interval_holds_the_true_difference_95_times_of_100():

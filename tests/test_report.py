@@ -44,6 +44,7 @@ def make_result(**places: list[int | None]) -> dict:
         split="test",
         query_ids=[f"q{number}" for number in range(num_queries)],
         turns=[1 + number % 10 for number in range(num_queries)],
+        conversations=[f"c{number}" for number in range(num_queries)],
         num_documents=4000,
         command="python eval.py --data [slice]",
         runs={name: make_run(its) for name, its in places.items()},
@@ -82,7 +83,7 @@ def test_without_baseline_there_is_no_comparison():
 
 def test_turns_must_match():
     with pytest.raises(ValueError, match="1 turns for 2 queries"):
-        build_result("d", "test", ["a", "b"], [1], 1, "", {}, {}, {})
+        build_result("d", "test", ["a", "b"], [1], ["c", "c"], 1, "", {}, {}, {})
 
 
 def test_environment_names_no_machine():

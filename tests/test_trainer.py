@@ -587,6 +587,19 @@ def test_data_sets_are_seen_as_often_as_their_weights_say(stub_training, backbon
     assert seen["0.5"] == round(0.5 * seen["1"]) and seen["3"] == 3 * seen["1"] > 0
 
 
+def test_a_seed_draws_the_head_as_well_as_the_order(stub_training, backbone_dir, beir_folder, tmp_path):
+    drawn = []
+    still = ("--learning_rate", "0", "--word_epochs", "0", "--max_steps", "1", "--eval_strategy", "no")
+    for run, seed in enumerate(("1", "1", "2")):
+        more = (*still, "--load_best_model_at_end", "false", "--seed", seed)
+        train.main(words(backbone_dir, beir_folder, tmp_path / str(run), *more))
+        drawn.append(head(AutoModel.from_pretrained(tmp_path / str(run) / "out", trust_remote_code=True)))
+    assert all(torch.equal(weight, drawn[1][name]) for name, weight in drawn[0].items())
+    assert any(
+        name.startswith("head.") and not torch.equal(weight, drawn[2][name]) for name, weight in drawn[0].items()
+    )
+
+
 def test_what_is_tested_on_is_not_trained_on(beir_folder, capsys):
     """Another collection may be cut from the same conversations: here it has all of them."""
     other = shutil.copytree(beir_folder, beir_folder.parent / "other")

@@ -24,10 +24,17 @@ from langchain_core.vectorstores import VectorStore
 
 from ..teacher import teacher_of
 
+# What other providers call them.
+ROLES = {"developer": "system", "function": "tool"}
+
 
 def conversation_of(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     """LangChain's messages as a model takes them: roles and text, without pictures and what a model has thought."""
-    return [{"role": convert_to_openai_messages(message)["role"], "content": str(message.text)} for message in messages]
+    roles = [convert_to_openai_messages(message)["role"] for message in messages]
+    return [
+        {"role": ROLES.get(role, role), "content": str(message.text)}
+        for role, message in zip(roles, messages, strict=True)
+    ]
 
 
 class NativeRetrievalEmbeddings(Embeddings):

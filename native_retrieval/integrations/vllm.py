@@ -49,8 +49,8 @@ logger = init_logger(__name__)
 MODES = ("context", "generated")
 
 
-def problem_of(asked: dict[str, Any], num_prompt_tokens: int) -> str | None:
-    """What is wrong with a request's `kv_transfer_params`, in one line; None if a vector can be given."""
+def problem_of(asked: dict[str, Any], num_prompt_tokens: int, max_prompt_tokens: int) -> str | None:
+    """What is wrong with a request for a vector, in one line; None if one can be given."""
     mode, count = asked.get("query_mode"), asked.get("num_query_tokens")
     if mode not in MODES:
         return f"query_mode={mode!r} is unknown; choose one of {', '.join(MODES)}"
@@ -58,6 +58,12 @@ def problem_of(asked: dict[str, Any], num_prompt_tokens: int) -> str | None:
         return (
             f"num_query_tokens={count!r} is no number of tokens from 1 to the prompt's {num_prompt_tokens}; "
             "give the number of tokens of the written query, which end the prompt"
+        )
+    read = num_prompt_tokens - (count if mode == "generated" else 0)
+    if read > max_prompt_tokens:
+        return (
+            f"the conversation has {read} tokens, over the model's max_prompt_tokens={max_prompt_tokens}; leave out its "
+            "oldest turns, as embed_query does"
         )
     return None
 
@@ -91,6 +97,7 @@ class NativeQueryConnector(ExampleHiddenStatesConnector):
         folder = self._kv_transfer_config.get_from_extra_config("model", None)
         if folder is None:
             raise ValueError("kv_connector_extra_config has no model; name the folder of a trained model")
+        self.max_prompt_tokens = NativeRetrievalConfig.from_pretrained(folder).max_prompt_tokens
         self.folder = Path(self._kv_transfer_config.get_from_extra_config("vectors", None) or tempfile.gettempdir())
         if role == KVConnectorRole.WORKER:
             self.model = load_head(folder)
@@ -133,7 +140,8 @@ class NativeQueryConnector(ExampleHiddenStatesConnector):
             extra = (new.sampling_params.extra_args if new.sampling_params else None) or {}
             asked = extra.get("kv_transfer_params") or {}
             passed = new.num_computed_tokens + scheduler_output.num_scheduled_tokens[new.req_id]
-            if passed >= len(new.prompt_token_ids) and not problem_of(asked, len(new.prompt_token_ids)):
+            length = len(new.prompt_token_ids)
+            if passed >= length and not problem_of(asked, length, self.max_prompt_tokens):
                 count = asked["num_query_tokens"] if asked["query_mode"] == "generated" else 0
                 blocks = new.block_ids[self._cache_kv_group_id]
                 metadata.requests.append(Wanted(new.req_id, list(new.prompt_token_ids), list(blocks), count))
@@ -143,7 +151,7 @@ class NativeQueryConnector(ExampleHiddenStatesConnector):
         asked = request.kv_transfer_params or {}
         if asked.get("query_mode") is None:
             return False, None
-        if problem := problem_of(asked, request.num_prompt_tokens):
+        if problem := problem_of(asked, request.num_prompt_tokens, self.max_prompt_tokens):
             return False, {"query_error": problem}
         path = self.path(request.request_id)
         try:
