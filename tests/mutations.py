@@ -621,6 +621,20 @@ MUTATIONS = [
         "data::test_drop_overlap",
     ),
     Mutation(
+        "bootstrap: turns of a conversation one by one",
+        "native_retrieval/metrics.py",
+        "if groups is not None and len(set(groups)) > 1:",
+        "if False:",
+        "metrics",
+    ),
+    Mutation(
+        "train: the head is drawn without the seed",
+        "train.py",
+        "set_seed(training_args.seed)",
+        "set_seed(0)",
+        "trainer::test_a_seed_draws_the_head_as_well_as_the_order",
+    ),
+    Mutation(
         "data: documents judged 0 are gold",
         DATA,
         "if judgement.score > 0 and judgement.document not in documents:",
@@ -644,8 +658,8 @@ MUTATIONS = [
     Mutation(
         "agent: documents may close their fence",
         "native_retrieval/agent.py",
-        "{plain(document['text'])}",
-        "{document['text']}",
+        "{plain(': '.join(",
+        "{(': '.join(",
         "app::test_a_document_cannot_leave_its_fence_or_forge_a_turn",
     ),
 ]
