@@ -198,7 +198,7 @@ def build_prompt(
             kept = "the system message and the last turn make" if oldest else "the last turn alone makes"
             raise ValueError(
                 f"{kept} a prompt of {len(input_ids)} tokens, over max_prompt_tokens={max_tokens}; "
-                "shorten it, or raise max_prompt_tokens in the model's config.json"
+                "shorten it, or raise the limit: --max_prompt_tokens of train.py, or in a trained model's config.json"
             )
         # Dropping a tenth at a time keeps a very long history from being rendered once for every turn in it.
         drop = max(1, (len(messages) - oldest - 1) // 10)

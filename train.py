@@ -38,7 +38,8 @@ from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-NOVELTY_THRESHOLDS = (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
+# Of a teacher that puts all texts close together, high ones.
+NOVELTY_THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
 
 
 @dataclass
@@ -139,6 +140,10 @@ class DataArguments:
     num_hard_negatives: int = field(default=0, metadata={"help": "Hard negatives a query, from that ranking."})
     max_train_queries: int | None = field(default=None, metadata={"help": "First queries of each data set only."})
     online_features: bool = field(default=False, metadata={"help": "Run the backbone in every step; no cache on disk."})
+    licence: str = field(
+        default="apache-2.0",
+        metadata={"help": "The model's, for its card; a stored backbone's terms hold for the whole."},
+    )
     data_licence: str | None = field(
         default=None, metadata={"help": "What the model card says of the training data's licences."}
     )
@@ -649,6 +654,7 @@ def run(argv: list[str], held: ExitStack) -> None:
         "query_modes": data_args.query_modes,
         "variety": data_args.variety,
         "data_licence": data_args.data_licence,
+        "licence": data_args.licence,
         "device": device_name(training_args.device),
         "processes": training_args.world_size,
         "command": without_tokens(["train.py", *argv]),

@@ -67,7 +67,8 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
                 shutil.copy(source, folder / "figures" / source.name)
             shown = {"path": f"figures/{source.name}", "caption": source.stem.replace("-", " ")}
             (failures if source.stem.endswith("failures") else figures).append(shown)
-        tables.append({**result, "table": markdown_table(result), "figures": figures})
+        command = _without_folders(result["command"])
+        tables.append({**result, "command": command, "table": markdown_table(result), "figures": figures})
         if native := result["methods"].get(f"native-{config.query_mode}"):
             entries += _eval_results(result["dataset"], result["split"], native)
     # Each data set has a log entry of its own; the last of each is of the checkpoint that was kept.
@@ -81,7 +82,7 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
         plot_training(history, folder / "figures" / "training.png")
     data = ModelCardData(
         library_name="transformers",
-        license="apache-2.0",
+        license=facts.get("licence", "apache-2.0"),
         pipeline_tag="feature-extraction",
         # The Hub links to repositories only; a folder of ours means nothing there.
         base_model=None if _is_local(facts["backbone"]) else [facts["backbone"]],
@@ -105,7 +106,7 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
         revision_arguments="revision=revision, code_revision=revision, " if revision else "",
         backbone=_linked(facts["backbone"]),
         teacher=_linked(facts["teacher"]),
-        facts=facts,
+        facts={**facts, "command": _without_folders(facts["command"])},
         config=config,
         modes=", ".join(f"`{mode}`" for mode in facts["query_modes"]),
         train_data=", ".join(f"{name} ({count})" for name, count in facts["train_data"].items()),
@@ -205,6 +206,12 @@ def _energy(seconds: float, device: str, processes: int) -> str:
 def _linked(source: str) -> str:
     """A link to a Hub id; of a local path the last part, so that no card tells of its author's disk."""
     return Path(source).name if _is_local(source) else f"[{source}](https://huggingface.co/{source})"
+
+
+def _without_folders(command: str) -> str:
+    """A command without the folders of whole paths, for the same reason."""
+    words = (word.rpartition("=") for word in command.split(" "))
+    return " ".join(flag + sign + (Path(value).name if os.path.isabs(value) else value) for flag, sign, value in words)
 
 
 def _is_local(source: str) -> bool:

@@ -297,7 +297,7 @@ ROWS = [
     Row("model.generate", "a cache of two conversations for one", lambda w: w.model.generate(torch.tensor([[5, 6]]), past_key_values=cache_of(w, "a?", "b?")), ("holds 2 conversations", "1 are to go on")),
     Row("model.forward", "a row without a token to read", lambda w: w.model(torch.tensor([[5, 6]]), readout_mask=torch.zeros(1, 2, dtype=torch.bool)), ("readout_mask", "mark at least one")),
     Row("model.forward", "hidden states of other tokens", lambda w: w.model(torch.tensor([[5, 6]]), hidden_states=torch.zeros(1, 3, 5, 32)), ("(1, 3)", "(1, 2)", "for the same tokens")),
-    Row("build_prompt", "max_tokens=3", lambda w: importlib.import_module("modeling_native_retrieval").build_prompt(w.model.tokenizer, QUESTION, 3), ("max_prompt_tokens=3", "shorten it, or raise")),
+    Row("build_prompt", "max_tokens=3", lambda w: importlib.import_module("modeling_native_retrieval").build_prompt(w.model.tokenizer, QUESTION, 3), ("max_prompt_tokens=3", "shorten it, or raise the limit")),
     Row("build_prompt", "a string", lambda w: w.model.build_prompt("Who?"), ("conversation is a str", "give a list of {'role', 'content'}")),
     # Python: models and configurations
     Row("NativeRetrievalModel.from_pretrained", "a folder without a model", lambda w: type(w.model).from_pretrained("data"), ("data/config.json does not exist", "saved NativeRetrievalModel")),

@@ -66,6 +66,18 @@ def test_card_of_a_result_in_the_models_own_folder(saved):
     assert (saved / "figures" / "logs-test-by-turn.png").read_bytes() == b"png"
 
 
+def test_the_card_tells_commands_without_folders_and_the_licence_that_was_given(saved, tmp_path):
+    facts = json.loads((saved / "training.json").read_text())
+    facts |= {
+        "licence": "gemma",
+        "command": "train.py r.yaml --train_data /home/ann/logs:dev ../shared/x --dev_data=/home/ann/d",
+    }
+    (saved / "training.json").write_text(json.dumps(facts))
+    card = write_model_card(saved).read_text()
+    assert "train.py r.yaml --train_data logs:dev ../shared/x --dev_data=d" in card and "ann" not in card
+    assert "license: gemma" in card
+
+
 def test_a_path_of_another_disk_is_no_repository(saved):
     facts = json.loads((saved / "training.json").read_text())
     (saved / "training.json").write_text(json.dumps({**facts, "backbone": ".cache/elsewhere/a-backbone"}))
