@@ -132,7 +132,14 @@ def _render(tokenizer, messages: Conversation) -> str:
 def special_tokens_of(tokenizer) -> dict[int, str]:
     """The ids of the tokens that mark turns, with their spellings: a chat template writes them, and no text may."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    ids = sorted({i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids))
+    ids = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    if tokenizer.chat_template:
+        with suppress(ValueError):  # DeepSeek's markers of turns, for one, are not called special
+            hello = {"content": "Hello."}
+            prompt = _render(tokenizer, [{"role": role, **hello} for role in ("user", "assistant", "user")])
+            written = {i for i in tokenizer(prompt, add_special_tokens=False)["input_ids"] if i in added}
+            ids |= {i for i in written if not added[i].content.strip().isalnum() and added[i].content.strip()}
+    ids = sorted(ids)
     return dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True))
 
 
@@ -144,25 +151,44 @@ def plain_text(text: str, special_tokens: Iterable[str]) -> str:
     return text
 
 
-def user_turn(tokenizer) -> tuple[list[int], int]:
+def user_turn(tokenizer) -> tuple[list[int], int, list[int]]:
     """
-    How a chat template opens a user's turn, from its special token on, and how many special tokens it writes between the
-    text of the last one and the assistant's answer. `([], 0)` where nothing tells a user's turn.
+    How a chat template opens a user's turn, from its special token on; how many special tokens it writes between the
+    text of the last one and the assistant's answer; and what follows the same opening where it is a tool's turn, as Qwen's
+    is. `([], 0, [])` where nothing tells a user's turn.
     """
-    question, answer = "zyxwvu", "utsrqp"
-    turns = [("user", "Hello."), ("assistant", answer), ("user", question)]
+    opening, behind = _opening_of(tokenizer, "user")
+    special = special_tokens_of(tokenizer)
+    if not opening:
+        return [], 0, []
+    opened, _ = _opening_of(tokenizer, "tool", whole=True)
+    tool: list[int] = []
+    for start in range(len(opened) - len(opening) + 1):
+        if opened[start : start + len(opening)] == opening:
+            tool = opened[start + len(opening) :]
+    if tool and tool[-1] not in getattr(tokenizer, "added_tokens_decoder", {}):
+        tool = tool[:-1]  # in a prompt it may be one token with what follows
+    return opening, sum(i in special for i in behind), tool if tokenizer.decode(tool).strip() else []
+
+
+def _opening_of(tokenizer, role: str, whole: bool = False) -> tuple[list[int], list[int]]:
+    """What a chat template writes between an answer and a turn of this role, from where its opening begins, and behind it."""
+    text, answer = "zyxwvu", "utsrqp"
+    turns = [("user", "Hello."), ("assistant", answer), (role, text)]
     with suppress(ValueError):  # a template that refuses this will say so of the conversation at hand
         prompt = _render(tokenizer, [{"role": role, "content": content} for role, content in turns])
-        if prompt.count(question) == prompt.count(answer) == 1:
-            other, between, behind = re.split(f"{answer}|{question}", prompt)
+        if prompt.count(text) == prompt.count(answer) == 1:
+            other, between, behind = re.split(f"{answer}|{text}", prompt)
             opened, other, behind = (
                 tokenizer(part.rstrip(), add_special_tokens=False)["input_ids"] for part in (between, other, behind)
             )
+            if whole:
+                return opened, behind
             special = special_tokens_of(tokenizer)
             for start in reversed(range(len(opened))):
                 if opened[start] in special and opened[start:] != other[start - len(opened) :]:
-                    return opened[start:], sum(i in special for i in behind)
-    return [], 0
+                    return opened[start:], behind
+    return [], []
 
 
 def build_prompt(
@@ -524,7 +550,9 @@ class Probe(nn.Module):
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         for name, layer in _adapted_layers(config, backbone):
             # Conv1D, GPT-2's linear layer, keeps its weight the other way round.
-            width_in, width_out = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
+            # A quantised layer's weight is packed, and tells no width.
+            widths = layer.weight.shape if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+            width_in, width_out = widths
             self.down[name] = nn.Parameter(torch.empty(config.adapter_rank, width_in))
             self.up[name] = nn.Parameter(torch.empty(width_out, config.adapter_rank))
         self.norm = nn.LayerNorm(text.hidden_size, elementwise_affine=False)
@@ -543,7 +571,7 @@ class Probe(nn.Module):
 
     def adapt(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
         """What the adapter adds to the output of the linear layer of this name."""
-        inner = F.linear(inputs.to(self.down[name].dtype), self.down[name])
+        inner = F.linear(inputs.to(self.down[name]), self.down[name])
         return F.linear(self.ADAPTER_SCALE * inner, self.up[name])
 
 
@@ -575,7 +603,7 @@ _PASSING: ContextVar[Probe | None] = ContextVar("passing_probe", default=None)
 
 def _add_adapter(name: str, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
     probe = _PASSING.get()
-    return None if probe is None else output + probe.adapt(name, inputs[0]).to(output.dtype)
+    return None if probe is None else output + probe.adapt(name, inputs[0]).to(output)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -696,6 +724,11 @@ def _is_recurrent(layer) -> bool:
     return hasattr(layer, "recurrent_states")
 
 
+def _stacked(states: tuple[torch.Tensor, ...], layers: list[int]) -> torch.Tensor:
+    """Some layers' states, `(batch, tokens, layers, hidden_size)`; of a backbone on several devices, on the first."""
+    return torch.stack([states[i].to(states[0].device) for i in layers], dim=2)
+
+
 def _keep_states(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if isinstance(kwargs.get("past_key_values"), QueryCache):
         kwargs["output_hidden_states"] = True
@@ -705,7 +738,7 @@ def _keep_states(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, d
 def _record_states(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, QueryCache):
-        hidden_states = torch.stack([output.hidden_states[i] for i in cache.hidden_state_layers], dim=2)
+        hidden_states = _stacked(output.hidden_states, cache.hidden_state_layers)
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if input_ids is None:  # a probe's embeddings are no tokens
             input_ids = torch.full(hidden_states.shape[:2], -1, device=hidden_states.device)
@@ -761,10 +794,11 @@ class NativeRetrievalModel(PreTrainedModel):
 
     def __init__(self, config: NativeRetrievalConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
-        if backbone is None:
+        given = backbone is not None
+        if not given:
             backbone = AutoModelForCausalLM.from_config(config.text_config)
-        else:
-            for module in backbone.modules():  # its weights are real: post_init must not draw them anew
+        if given or not config.store_backbone:
+            for module in backbone.modules():  # its weights are real, or come later: none are to be drawn anew
                 module._is_hf_initialized = True
         self.backbone = backbone.requires_grad_(False).eval()
         # Beside a copy path, training starts from the words and learns what to add to them.
@@ -921,6 +955,11 @@ class NativeRetrievalModel(PreTrainedModel):
             path = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder", ""), "config.json")
             if not os.path.isfile(path):  # transformers would build a default model of several billion weights
                 raise OSError(f"{path} does not exist; give the directory of a saved NativeRetrievalModel")
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                "quantization_config would quantise the head too, which it does not survive; give `from_backbone` a quantised "
+                "backbone to train one, or load this model as it is"
+            )
         stored_dtype = None
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None and _float32_is_faster():
             config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
@@ -938,13 +977,11 @@ class NativeRetrievalModel(PreTrainedModel):
         if not model.config.store_backbone:
             hub = {k: hub[k] for k in ("token", "cache_dir", "local_files_only") if k in hub}
             source, revision = model.config.backbone_name_or_path, model.config.backbone_revision
+            dtype, attention = model.backbone.dtype, model.backbone.config._attn_implementation
+            del model.backbone  # an empty shell, which takes as much memory as what comes now
             try:
                 weights = AutoModelForCausalLM.from_pretrained(
-                    source,
-                    revision=revision,
-                    dtype=model.backbone.dtype,
-                    attn_implementation=model.backbone.config._attn_implementation,
-                    **hub,
+                    source, revision=revision, dtype=dtype, attn_implementation=attention, **hub
                 )
             except OSError as error:
                 raise OSError(
@@ -1236,13 +1273,16 @@ class NativeRetrievalModel(PreTrainedModel):
         since would otherwise move the question to where an older one stands. Of what stands behind that turn, 0.
         """
         segments = special.flip(1).cumsum(1).flip(1)
-        opening, behind = self._user_turn
+        opening, behind, tool = self._user_turn
         if not opening or len(opening) > input_ids.shape[1]:
             return segments
         opening = torch.tensor(opening, device=input_ids.device)
         order = real.long().argsort(dim=1, stable=True)  # what goes on from a cache may have padding in the middle
         ids = input_ids.masked_fill(~real, -1).gather(1, order)
         found = (ids.unfold(1, len(opening), 1) == opening).all(-1)
+        if tool:  # a tool's turn in a user's clothes
+            next_tokens = F.pad(ids, (0, len(tool)), value=-1)[:, len(opening) :].unfold(1, len(tool), 1)
+            found &= (next_tokens != torch.tensor(tool, device=ids.device)).any(-1)
         last = found.shape[1] - 1 - found.flip(1).long().argmax(1, keepdim=True) + len(opening) - 1
         last = order.gather(1, last)
         since = segments.gather(1, last) - special.long().gather(1, last) - behind
@@ -1294,7 +1334,7 @@ class NativeRetrievalModel(PreTrainedModel):
             output_hidden_states=True,
         )
         if cache is None:
-            hidden_states = torch.stack([output.hidden_states[i] for i in self.config.hidden_state_layers], dim=2)
+            hidden_states = _stacked(output.hidden_states, self.config.hidden_state_layers)
             return Prefill(input_ids, attention_mask, hidden_states)
         cache._padding = cache._given = attention_mask
         return Prefill(*cache.recorded(), cache)
@@ -1344,7 +1384,7 @@ class NativeRetrievalModel(PreTrainedModel):
             )
         finally:
             _PASSING.reset(passing)
-        return torch.stack([output.hidden_states[i] for i in self.config.hidden_state_layers], dim=2)
+        return _stacked(output.hidden_states, self.config.hidden_state_layers)
 
     @torch.no_grad()
     def write_queries(self, prefill: Prefill) -> tuple[Prefill, list[list[int]]]:

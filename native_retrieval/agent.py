@@ -120,6 +120,8 @@ class Agent:
         prompt = torch.tensor(
             [self.model.build_prompt([*self.messages, self.results])], device=self.model.backbone.device
         )
+        text_config = self.model.config.text_config.get_text_config()
+        room = (getattr(text_config, "max_position_embeddings", None) or 1 << 30) - prompt.shape[1]
         streamer = TextIteratorStreamer(self.model.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stopped, failure = threading.Event(), []
 
@@ -129,11 +131,11 @@ class Agent:
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     past_key_values=self.cache,
-                    max_new_tokens=self.max_new_tokens,
+                    max_new_tokens=min(self.max_new_tokens, room),
                     do_sample=False,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList(
-                        [lambda ids, scores: torch.full(ids.shape[:1], stopped.is_set())]
+                        [lambda ids, scores: torch.full(ids.shape[:1], stopped.is_set(), device=ids.device)]
                     ),
                 )
             except Exception as error:

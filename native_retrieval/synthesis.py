@@ -601,7 +601,10 @@ class LLMGenerator:
         if self.tokenizer.chat_template:
             prompts = [
                 self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                    [{"role": "user", "content": prompt}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    enable_thinking=False,  # Qwen3 would think until the tokens are used up; others' templates pass it over
                 )
                 for prompt in prompts
             ]

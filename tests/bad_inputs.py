@@ -287,6 +287,7 @@ ROWS = [
     Row("model.embed_query", "content in parts", embed([user([{"type": "text"}])]), ("message 0: content is a list", "give a string")),
     Row("model.embed_query", "an empty last turn", embed([*QUESTION, user(" ")]), ("message 1, is empty", "give the user's question")),
     Row("model.embed_query", "strings and conversations", embed(["Who?", QUESTION]), ("queries mixes", "a list of one kind")),
+    Row("from_pretrained", "quantization_config", lambda w: importlib.import_module("modeling_native_retrieval").NativeRetrievalModel.from_pretrained("model", quantization_config={"load_in_4bit": True}), ("quantization_config would quantise the head", "from_backbone")),
     Row("model.embed_query", "a prompt longer than the context", embed("word " * 600), ("max_prompt_tokens=", "shorten it")),
     Row("model.embed_query", "mode='psychic'", embed("Who?", mode="psychic"), ("mode='psychic'", "choose one of context, generated, probe")),
     Row("model.embed_query", "batch_size=0", embed("Who?", batch_size=0), ("batch_size=0", "at least 1")),

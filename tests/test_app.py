@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import PLACES, REPOSITORY
+from conftest import CONTEXT, PLACES, REPOSITORY
 
 from native_retrieval.agent import Agent, search_results
 from native_retrieval.data import load_corpus
@@ -62,6 +62,19 @@ def test_an_answer_that_nobody_listens_to_stops_and_stays(parts):
     assert agent.messages[-1]["role"] == "assistant" and agent.messages[-1]["content"].startswith(first)
     assert len(model.tokenizer(agent.messages[-1]["content"])["input_ids"]) < 150
     agent.search("And when?")  # and the conversation goes on
+
+
+def test_an_answer_ends_where_the_models_context_does(parts, monkeypatch):
+    model, _, index = parts
+    agent, lengths = Agent(model, index, max_new_tokens=10_000), []
+
+    def generate(prompt, **words):
+        lengths.append(prompt.shape[1] + words["max_new_tokens"])
+        words["streamer"].end()
+
+    monkeypatch.setattr(model, "generate", generate)
+    agent.search("Who built it?")
+    assert list(agent.answer()) == [""] and lengths == [CONTEXT]
 
 
 def test_a_failing_generation_is_raised_where_it_is_read(parts, monkeypatch):
