@@ -197,7 +197,7 @@ def cached_index(cache_dir: str, task: "Task", teacher: "Teacher") -> "DocumentI
     """The index of the task's corpus, from the cache; built first if it is not there or damaged."""
     from native_retrieval.index import DocumentIndex, IndexMismatchError
 
-    digest = hashlib.sha256(teacher.fingerprint.encode())
+    digest = hashlib.sha256(teacher.identity.encode())
     for batch in task.corpus.iter(batch_size=10_000):
         digest.update(json.dumps([batch["_id"], batch["title"], batch["text"]]).encode())
     directory = Path(cache_dir, f"index-{digest.hexdigest()[:24]}")

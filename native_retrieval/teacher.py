@@ -107,6 +107,11 @@ class Teacher:
         bits = (vectors - vectors.mean(0))[:, :32] > 0
         return np.packbits(bits.ravel()).tobytes().hex()
 
+    @property
+    def identity(self) -> str:
+        """What caches tell its vectors by: the fingerprint, of short texts, and what cuts longer ones and begins all."""
+        return json.dumps([self.fingerprint, self.max_seq_length, self.model.prompts])
+
     def encode(
         self,
         texts: Sequence[str],
@@ -171,7 +176,7 @@ class Teacher:
         progress: str,
         half_precision: bool = False,
     ) -> np.ndarray:
-        settings = (self.fingerprint, kind, *(["half precision"] if half_precision else []))
+        settings = (self.identity, kind, *(["half precision"] if half_precision else []))
         shards = slices(num_texts, SHARD_ROWS)
         texts = (text for rows in shards for text in read(rows))
         return cached_rows(

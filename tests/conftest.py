@@ -267,6 +267,8 @@ class StubTeacher:
     def fingerprint(self) -> str:
         return hashlib.sha256(self.name_or_path.encode()).hexdigest()
 
+    identity = fingerprint
+
     def encode(
         self, texts: Sequence[str], kind: str = "query", progress: str | None = None, half_precision: bool = False
     ) -> np.ndarray:

@@ -27,6 +27,7 @@ class FakeSentenceTransformer:
 
     encoded: list[str] = []
     max_seq_length = 64
+    prompts: dict[str, str] = {}
     tokenizer = None
     device = torch.device("cpu")
 
@@ -290,6 +291,18 @@ def test_search_gives_scores_best_first(vectors: tuple[np.ndarray, np.ndarray]):
     assert scores.shape == rows.shape == (1500, 10)
     assert (np.diff(scores, axis=1) <= 0).all()
     np.testing.assert_allclose(scores, np.take_along_axis(targets @ documents.T, rows, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [{"max_seq_length": 128}, {"prompts": {"document": "passage: "}}])
+def test_a_teacher_that_reads_texts_otherwise_does_not_meet_old_vectors(tmp_path: Path, changed: dict):
+    teacher = Teacher("a", cache_dir=tmp_path)
+    teacher.documents(CORPUS)
+    FakeSentenceTransformer.encoded.clear()
+    teacher.documents(CORPUS)
+    assert not FakeSentenceTransformer.encoded
+    vars(teacher.model).update(changed)
+    teacher.documents(CORPUS)
+    assert len(FakeSentenceTransformer.encoded) == len(CORPUS)
 
 
 def test_half_precision_has_a_cache_of_its_own(tmp_path: Path):
