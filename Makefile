@@ -90,7 +90,7 @@ serve-load: $(VLLM_VENV)/.installed ## 5,000 requests to that server, every thir
 faults: $(STAMP) ## Kill every step of the recipe at random moments, start it again, and compare (about 6 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kill.py --kills 64 --seed 0 --output results/faults.json
 
-mutations: $(STAMP) ## Break the code in 90 places, one at a time: does a test notice? (about 6 minutes)
+mutations: $(STAMP) ## Break the code in 97 places, one at a time: does a test notice? (about 6 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py --output results/mutations.json
 
 fuzz: $(STAMP) ## Ten minutes of damaged data files and recipes: nothing but our own errors

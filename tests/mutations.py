@@ -280,8 +280,8 @@ MUTATIONS = [
     Mutation(
         "every model around a backbone reads the same layers",
         MODEL,
-        "for i in cache.hidden_state_layers], dim=2)",
-        "for i in (1, 2)], dim=2)",
+        "_stacked(output.hidden_states, cache.hidden_state_layers)",
+        "_stacked(output.hidden_states, [1, 2])",
         "saving::test_models_around_one_backbone_read_their_own_layers",
     ),
     Mutation(
@@ -438,6 +438,20 @@ MUTATIONS = [
         "if any(row[0] == pad for row in rows):",
         "if False:",
         "generation::test_padding_is_known_without_a_mask",
+    ),
+    Mutation(
+        "segments: a tool in a user's clothes asks",
+        MODEL,
+        "if tool:  # a tool's turn",
+        "if False:  # a tool's turn",
+        "prompts::test_a_tools_result_in_a_users_turn_is_no_question",
+    ),
+    Mutation(
+        "prompt: markers that are not called special are text",
+        MODEL,
+        "ids |= {i for i in written if",
+        "_ = {i for i in written if",
+        "prompts::test_markers_that_are_not_called_special_cannot_be_forged",
     ),
     Mutation(
         "segments: padding in the middle is read",
