@@ -47,7 +47,8 @@ Milliseconds run from the finished prefill to the query vector, one query at a t
 every vector, is left out; BM25 has no vector, so its number is the scoring of all documents.
 
 The result (`--output`) holds every method's measures, its difference to the baseline with a 95% interval (whole
-conversations resampled, 10,000 times), the latency and the rank of the first relevant document of each query. Bad input ends in one line on stderr and exit code 2.
+conversations resampled, 10,000 times), the latency and the rank of the first relevant document of each query. Bad input
+ends in one line on stderr and exit code 2.
 """
 
 import hashlib

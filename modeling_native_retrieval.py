@@ -138,7 +138,7 @@ def special_tokens_of(tokenizer) -> dict[int, str]:
             hello = {"content": "Hello."}
             prompt = _render(tokenizer, [{"role": role, **hello} for role in ("user", "assistant", "user")])
             written = {i for i in tokenizer(prompt, add_special_tokens=False)["input_ids"] if i in added}
-            ids |= {i for i in written if not added[i].content.strip().isalnum() and added[i].content.strip()}
+            ids |= {i for i in written if re.search(r"[^\w\s]", added[i].content)}
     ids = sorted(ids)
     return dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True))
 
@@ -157,38 +157,35 @@ def user_turn(tokenizer) -> tuple[list[int], int, list[int]]:
     text of the last one and the assistant's answer; and what follows the same opening where it is a tool's turn, as Qwen's
     is. `([], 0, [])` where nothing tells a user's turn.
     """
-    opening, behind = _opening_of(tokenizer, "user")
     special = special_tokens_of(tokenizer)
+    other, opened, behind = _around_turn(tokenizer, "user")
+    starts = (
+        i for i in reversed(range(len(opened))) if opened[i] in special and opened[i:] != other[i - len(opened) :]
+    )
+    opening = opened[next(starts, len(opened)) :]
     if not opening:
         return [], 0, []
-    opened, _ = _opening_of(tokenizer, "tool", whole=True)
+    _, called, _ = _around_turn(tokenizer, "tool")
     tool: list[int] = []
-    for start in range(len(opened) - len(opening) + 1):
-        if opened[start : start + len(opening)] == opening:
-            tool = opened[start + len(opening) :]
+    for start in range(len(called) - len(opening) + 1):
+        if called[start : start + len(opening)] == opening:
+            tool = called[start + len(opening) :]
     if tool and tool[-1] not in getattr(tokenizer, "added_tokens_decoder", {}):
         tool = tool[:-1]  # in a prompt it may be one token with what follows
     return opening, sum(i in special for i in behind), tool if tokenizer.decode(tool).strip() else []
 
 
-def _opening_of(tokenizer, role: str, whole: bool = False) -> tuple[list[int], list[int]]:
-    """What a chat template writes between an answer and a turn of this role, from where its opening begins, and behind it."""
+def _around_turn(tokenizer, role: str) -> tuple[list[int], list[int], list[int]]:
+    """What a chat template writes before an answer, between it and a turn of this role, and behind that turn."""
     text, answer = "zyxwvu", "utsrqp"
     turns = [("user", "Hello."), ("assistant", answer), (role, text)]
     with suppress(ValueError):  # a template that refuses this will say so of the conversation at hand
         prompt = _render(tokenizer, [{"role": role, "content": content} for role, content in turns])
         if prompt.count(text) == prompt.count(answer) == 1:
-            other, between, behind = re.split(f"{answer}|{text}", prompt)
-            opened, other, behind = (
-                tokenizer(part.rstrip(), add_special_tokens=False)["input_ids"] for part in (between, other, behind)
-            )
-            if whole:
-                return opened, behind
-            special = special_tokens_of(tokenizer)
-            for start in reversed(range(len(opened))):
-                if opened[start] in special and opened[start:] != other[start - len(opened) :]:
-                    return opened[start:], behind
-    return [], []
+            parts = (part.rstrip() for part in re.split(f"{answer}|{text}", prompt))
+            other, between, behind = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+            return other, between, behind
+    return [], [], []
 
 
 def build_prompt(

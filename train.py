@@ -521,12 +521,10 @@ def run(argv: list[str], held: ExitStack) -> None:
         raise ValueError("train_data is missing; name at least one folder or Hub id")
     if "probe" in data_args.query_modes and not model_args.num_probe_tokens:
         raise ValueError("query_modes has probe, but num_probe_tokens is 0; set it to 8, for example")
-    if training_args.load_best_model_at_end and not data_args.dev_data:
-        raise ValueError("dev_data is missing; name it, or set --load_best_model_at_end false --eval_strategy no")
     judged = [entry for entry in data_args.dev_data if "context" in data_args.query_modes or written(entry, data_args)]
     if training_args.eval_strategy != "no" and not judged:
         raise ValueError(
-            "no dev_data has a query mode to judge; name dev_data that generated_data has too, or set "
+            "dev_data is missing, or no query is written for any of it (generated_data); name it, or set "
             "--load_best_model_at_end false --eval_strategy no"
         )
     output_dir = Path(training_args.output_dir)

@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare the vectors of 200 requests at once, and stop")
     parser.add_argument("--load", type=int, metavar="REQUESTS", help="send as many, write the memory's curve, and stop")
     words = parser.parse_args()
+    command = " ".join([".venv-vllm/bin/python", *sys.argv])
     if not words.check and not words.output:
         parser.error("--output is missing; name a JSON file, or pass --check")
     conversations = read_conversations(Path(words.queries))
@@ -257,9 +258,7 @@ def main() -> None:
         if words.load:
             wanted = load_model(words.model).embed_query(conversations)
             result = asyncio.run(under_load(words.load, conversations, wanted, process))
-            write(
-                {"command": " ".join([".venv-vllm/bin/python", *sys.argv]), **result}, Path(words.output), draw_memory
-            )
+            write({"command": command, **result}, Path(words.output), draw_memory)
             print(f"{result['wrong']} wrong; memory grew by {result['growth_mb_second_half']} MB in the second half")
             return
     with server(serve_command(words.model, LONGEST), PORT):  # anew: nothing of the check is in its cache
@@ -272,7 +271,7 @@ def main() -> None:
         rows += measure(TWO, turn, [PORT, TEACHER_PORT], warm, parts)
     speed = {(row["way"], row["concurrency"]): row["turns_per_s"] for row in rows}
     result = {
-        "command": " ".join([".venv-vllm/bin/python", *sys.argv]),
+        "command": command,
         "turns": share,
         "cores": os.cpu_count(),
         "lowest_cosine": round(cosine, 5),

@@ -323,7 +323,7 @@ ROWS = [
     train("--dev_data data data:test", "dev_data names data twice", "rename a folder"),
     train("--dev_data bad", "dev_data bad has no qrels/dev.tsv", "bad:SPLIT", files={"bad/corpus.jsonl": DOCUMENT, "bad/queries.jsonl": ASKED, "bad/qrels/test.tsv": "q1\td1\t1\n"}),
     train("--train_data data:test --dev_data data:test", "data:test has no query left", "6 are of conversations"),
-    train("--query_modes generated --query_mode generated --generated_data data data:train --train_data data:train --dev_data data:dev", "no dev_data has a query mode to judge", "--eval_strategy no"),
+    train("--query_modes generated --query_mode generated --generated_data data data:train --train_data data:train --dev_data data:dev", "no query is written for any of it", "--eval_strategy no"),
     train("--plain_text text.csv", "text.csv", "must end in .txt", files={"text.csv": "a"}),
     train("--query_modes psychic", "'psychic'", "choose from context, generated, probe"),
     train("--query_modes probe", "query_modes has probe", "num_probe_tokens"),

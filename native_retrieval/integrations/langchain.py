@@ -23,9 +23,7 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import VectorStore
 
 from ..teacher import teacher_of
-
-# What other providers call them.
-ROLES = {"developer": "system", "function": "tool"}
+from . import ROLES
 
 
 def conversation_of(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:

@@ -20,9 +20,7 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import QueryBundle
 
 from ..teacher import teacher_of
-
-# What other providers call them.
-ROLES = {"developer": "system", "function": "tool", "chatbot": "assistant", "model": "assistant"}
+from . import ROLES
 
 
 class NativeRetrievalEmbeddings(BaseEmbedding):
