@@ -118,7 +118,14 @@ class DataArguments:
         default=0.2,
         metadata={
             "help": "Share of the training queries that are also seen with typos and with what agents put around a "
-            "conversation: system prompts, tools, half turns, other topics."
+            "conversation: system prompts, tools, half turns."
+        },
+    )
+    other_topics_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the conversations that are also seen behind 1 to 20 turns of others, so that the head learns to "
+            "leave an earlier topic alone."
         },
     )
     probe_epochs: float = field(default=1.0, metadata={"help": "Stage c: passes of the probe over its queries."})
@@ -150,7 +157,7 @@ class DataArguments:
     cache_dir: str = field(default=".cache/native_retrieval", metadata={"help": "Where costly things are kept."})
 
     def __post_init__(self) -> None:
-        for name in ("variety", "gold_share", "rewrite_gold_share", "novelty_threshold"):
+        for name in ("variety", "other_topics_share", "gold_share", "rewrite_gold_share", "novelty_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in 0 to 1")
         if self.train_weights and (len(self.train_weights) != len(self.train_data) or min(self.train_weights) <= 0):
@@ -358,25 +365,43 @@ def that_fit(texts: list[str], build_prompt) -> list[str]:
     return list(filter(fits, texts))
 
 
-def varied(some, queries, corpus, build_prompt) -> list:
-    """`some` of the queries' conversations as they may look in an agent, where the prompt has room for that."""
+def varied(some, corpus, build_prompt) -> list:
+    """`some` queries' conversations as they may look in an agent, where the prompt has room for that."""
     import random
 
     from native_retrieval.variety import vary
 
     rng = random.Random(0)
     passages = corpus["text"][:1000] if corpus is not None else []
-    everyone = evenly(list(zip(queries["conv"], queries["messages"], strict=True)), 1000)
     conversations = []
-    for conv, messages, rewrite in zip(some["conv"], some["messages"], some["rewrite"], strict=True):
-        # Another turn of the same conversation is no other topic.
-        others = [other for other_conv, other in everyone if other_conv != conv]
-        conversations.append(vary(messages, others, passages, rng, rewrite))
+    for messages, rewrite in zip(some["messages"], some["rewrite"], strict=True):
+        conversations.append(vary(messages, passages, rng, rewrite))
         try:
             build_prompt(conversations[-1])
         except ValueError:  # a long system prompt, and nothing older left to drop
             conversations[-1] = messages
     return conversations
+
+
+def behind_other_topics(queries, share: float):
+    """
+    The queries of a share of the conversations, and what each of them looks like behind turns of others.
+
+    All queries of a conversation stand behind the same turns: so one pass of the backbone serves them.
+    """
+    import random
+
+    from native_retrieval.variety import behind_others
+
+    names = sorted(set(queries["conv"]))
+    chosen = set(evenly(names, round(share * len(names))))
+    some = queries.select([i for i, name in enumerate(queries["conv"]) if name in chosen])
+    everyone = evenly(list(zip(queries["conv"], queries["messages"], strict=True)), 1000)
+    others = {name: [messages for other, messages in everyone if other != name] for name in chosen}
+    return some, [
+        behind_others(messages, others[name], random.Random(name))
+        for name, messages in zip(some["conv"], some["messages"], strict=True)
+    ]
 
 
 def model_fields(model_args: ModelArguments) -> dict:
@@ -621,8 +646,11 @@ def run(argv: list[str], held: ExitStack) -> None:
             train_parts += [examples(name, queries, corpus, mode)] * max(1, round(weight))
         some = queries.select(evenly(list(range(len(queries))), round(data_args.variety * len(queries))))
         if len(some) and "context" in data_args.query_modes:
-            seen = varied(some, queries, corpus, model.build_prompt)
+            seen = varied(some, corpus, model.build_prompt)
             train_parts.append(examples(f"{name}, varied", some, corpus, "context", seen))
+        some, seen = behind_other_topics(queries, data_args.other_topics_share)
+        if len(some) and "context" in data_args.query_modes:
+            train_parts.append(examples(f"{name}, behind others", some, corpus, "context", seen))
         if "probe" in data_args.query_modes:
             some = evenly(list(range(len(queries))), data_args.max_probe_queries or len(queries))
             probe_parts.append(examples(name, queries.select(some), corpus, "probe"))
@@ -651,6 +679,7 @@ def run(argv: list[str], held: ExitStack) -> None:
         "turns_as_text": data_args.turns_as_text,
         "query_modes": data_args.query_modes,
         "variety": data_args.variety,
+        "other_topics_share": data_args.other_topics_share,
         "data_licence": data_args.data_licence,
         "licence": data_args.licence,
         "device": device_name(training_args.device),
@@ -670,7 +699,6 @@ def run(argv: list[str], held: ExitStack) -> None:
         save_strategy="no",
         load_best_model_at_end=False,
         push_to_hub=False,
-        other_topics_share=0.0,
     )
     if model.copy_path is not None and data_args.word_epochs and (texts or questions) and not resume:
         words = build_texts(model, teacher, [*texts, *questions], "plain texts", data_args.variety)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 
 from modeling_native_retrieval import NativeRetrievalModel
@@ -138,25 +137,6 @@ def collate(items: Sequence[dict]) -> dict[str, torch.Tensor]:
             if "negative_ids" in item:
                 batch["negative_ids"][row, : len(item["negative_ids"])] = torch.from_numpy(item["negative_ids"])
     return batch
-
-
-def behind_others(batch: dict, count: int, max_tokens: int) -> dict:
-    """
-    The batch with each conversation behind `count` others of it, as when a user changes the topic; of what makes a row
-    longer than `max_tokens`, the oldest is left out. The readout stays.
-
-    Of cached states, the first topic's are what they would be; later ones do not know of those before them.
-    """
-    rows, width = batch["input_ids"].shape
-    count = min(count, rows - 1, -(-max_tokens // width) - 1)
-    kept = max(width, min(max_tokens, (count + 1) * width))
-    shifts = [*(1 + torch.randperm(rows - 1)[:count]).tolist(), 0]  # no row behind itself
-    joined = {
-        key: torch.cat([batch[key].roll(shift, 0) for shift in shifts], dim=1)[:, -kept:]
-        for key in ("input_ids", "attention_mask", "hidden_states")
-        if batch.get(key) is not None
-    }
-    return {**batch, **joined, "readout_mask": F.pad(batch["readout_mask"], (kept - width, 0))}
 
 
 def build_texts(

@@ -25,7 +25,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .card import push_model, write_model_card
-from .examples import RetrievalExamples, behind_others, collate
+from .examples import RetrievalExamples, collate
 from .files import seal, sha256
 from .losses import alignment_loss, contrastive_loss, rank_distillation_loss
 from .metrics import per_query
@@ -45,14 +45,6 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
     rank_weight: float = field(default=1.0, metadata={"help": "Weight of the KL to the teacher's ranking."})
     contrastive_temperature: float = field(default=0.05, metadata={"help": "Temperature of InfoNCE."})
     rank_temperature: float = field(default=0.05, metadata={"help": "Temperature of the rank distillation."})
-
-    other_topics_share: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the batches in which every conversation stands behind another one of the batch (the same share "
-            "of these behind two, and so on), so that the head learns to leave an earlier topic alone."
-        },
-    )
 
     output_dir: str | None = field(
         default=None, metadata={"help": "Where checkpoints and the trained model go (default: trainer_output)."}
@@ -92,8 +84,6 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
         weights = (self.alignment_weight, self.contrastive_weight, self.rank_weight)
         if min(weights) < 0 or not any(weights):
             raise ValueError(f"loss weights {weights} must not be negative, and at least one must be above 0")
-        if not 0 <= self.other_topics_share < 1:
-            raise ValueError(f"other_topics_share={self.other_topics_share} must be at least 0 and below 1")
         for name in ("contrastive_temperature", "rank_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
@@ -190,13 +180,6 @@ class NativeRetrievalTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs, share = self._without_repeats(inputs) if model.training else (inputs, 1.0)
-        if model.training and inputs["mode"] != "words":
-            others = 0
-            while self.args.other_topics_share and torch.rand(()) < self.args.other_topics_share:
-                others += 1
-            if others:
-                longest = self.accelerator.unwrap_model(self.model).config.max_prompt_tokens
-                inputs = behind_others(inputs, others, longest)
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -475,7 +458,6 @@ class NativeRetrievalTrainer(Trainer):
                     "rank_weight",
                     "contrastive_temperature",
                     "rank_temperature",
-                    "other_topics_share",
                     "learning_rate",
                     "per_device_train_batch_size",
                     "gradient_accumulation_steps",

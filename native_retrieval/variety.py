@@ -1,7 +1,7 @@
-"""What agents and users put around a question: system prompts, tools, half turns, other topics, typos.
+"""What agents and users put around a question: system prompts, tools, half turns, typos, other topics.
 
-Logs that a head is trained on seldom have them, and real conversations do. [`vary`] adds them to a training conversation;
-the question, and so the document that answers it, stays the same. `benchmarks/robustness.py` measures with sentences that
+Logs that a head is trained on seldom have them, and real conversations do. [`vary`] and [`behind_others`] add them to a
+training conversation; the question, and so the document that answers it, stays the same. `benchmarks/robustness.py` measures with sentences that
 are not among these.
 """
 
@@ -54,29 +54,26 @@ EMPTY_RESULTS = ("No results.", "[]", "Error: the request timed out.", '{"status
 
 
 def vary(
-    messages: Conversation,
-    others: Sequence[Conversation],
-    passages: Sequence[str],
-    rng: random.Random,
-    rewrite: str | None = None,
+    messages: Conversation, passages: Sequence[str], rng: random.Random, rewrite: str | None = None
 ) -> Conversation:
     """
     The same conversation as it may look in an agent: one or two changes, drawn at random.
 
     Args:
-        others (`list[Conversation]`): from whose turns other topics are taken.
         passages (`list[str]`): what a tool may have returned; seldom what this question is about.
         rewrite (`str`, *optional*): the last question in a form that stands alone. It sometimes takes that question's
             place, so that the head learns when the turns before have nothing to add.
     """
     if rewrite and messages[-1]["role"] == "user" and rng.random() < 0.25:
         messages = [*messages[:-1], {**messages[-1], "content": rewrite}]
-    changes = rng.sample((_system, _tool_result, _typos, _half_turn, _tool_turn), rng.choice((1, 1, 2)))
-    if rng.random() < 0.5:  # as often as not: telling topics apart takes longest to learn
-        changes[0] = _other_topics
-    for change in changes:
-        messages = change(messages, others, passages, rng)
+    for change in rng.sample((_system, _tool_result, _typos, _half_turn, _tool_turn), rng.choice((1, 1, 2))):
+        messages = change(messages, passages, rng)
     return messages
+
+
+def behind_others(messages: Conversation, others: Sequence[Conversation], rng: random.Random) -> Conversation:
+    """The same conversation behind 1 to 20 user turns of other ones; which, `rng` alone decides, and not the messages."""
+    return with_other_topics(messages, others, _user_turns(messages) + rng.randint(1, 20), rng)
 
 
 def with_typos(text: str, rng: random.Random) -> str:
@@ -112,7 +109,7 @@ def _user_turns(messages: Conversation) -> int:
     return sum(message["role"] == "user" for message in messages)
 
 
-def _system(messages, others, passages, rng):
+def _system(messages, passages, rng):
     if messages[0]["role"] == "system":
         return messages
     text = " ".join(rng.sample(INSTRUCTIONS, rng.randint(1, len(INSTRUCTIONS))))
@@ -137,7 +134,7 @@ def _result(passages, rng) -> dict:
     return {"role": "tool", "content": text}
 
 
-def _tool_result(messages, others, passages, rng):
+def _tool_result(messages, passages, rng):
     """A tool was called earlier: behind one of the user's turns before the last, or in a turn before them all."""
     call = [{"role": "assistant", "content": rng.choice(HALF_TURNS)}, _result(passages, rng)]
     places = [i for i, message in enumerate(messages[:-1]) if message["role"] == "user"]
@@ -147,23 +144,19 @@ def _tool_result(messages, others, passages, rng):
     return [*messages[:place], *call, *messages[place:]]
 
 
-def _other_topics(messages, others, passages, rng):
-    return with_other_topics(messages, others, _user_turns(messages) + rng.randint(1, 15), rng)
-
-
-def _typos(messages, others, passages, rng):
+def _typos(messages, passages, rng):
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
     content = with_typos(messages[last]["content"], rng)
     return [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]]
 
 
-def _half_turn(messages, others, passages, rng):
+def _half_turn(messages, passages, rng):
     if messages[-1]["role"] != "user":
         return messages
     return [*messages, {"role": "assistant", "content": rng.choice(HALF_TURNS)}]
 
 
-def _tool_turn(messages, others, passages, rng):
+def _tool_turn(messages, passages, rng):
     """A tool has answered, and there is more to look for."""
     call = [] if messages[-1]["role"] == "assistant" else [{"role": "assistant", "content": rng.choice(HALF_TURNS)}]
     return [*messages, *call, _result(passages, rng)]

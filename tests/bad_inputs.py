@@ -335,6 +335,7 @@ ROWS = [
     train("--alignment_weight -1", "(-1.0, 1.0, 1.0)", "must not be negative"),
     train("--eval_strategy never", "never is not a valid", "'epoch'"),
     train("--variety 2", "variety=2.0", "0 to 1"),
+    train("--other_topics_share -1", "other_topics_share=-1.0", "0 to 1"),
     train("--gold_share -1", "gold_share=-1.0", "0 to 1"),
     train("--rank_top_k 0", "rank_top_k=0", "at least 2"),
     train("--contrastive_temperature 0", "contrastive_temperature=0.0", "above 0"),

@@ -18,7 +18,7 @@ from transformers import AutoModel
 import train
 from configuration_native_retrieval import NativeRetrievalConfig
 from native_retrieval.data import load_task
-from native_retrieval.examples import behind_others, build_examples, build_texts, collate, turned_away
+from native_retrieval.examples import build_examples, build_texts, collate, turned_away
 from native_retrieval.losses import alignment_loss, contrastive_loss
 from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
 
@@ -284,41 +284,6 @@ def test_rows_without_hard_negatives_have_none_in_the_loss(examples):
         queries, batch["positives"], negatives=batch["negatives"], negative_ids=batch["negative_ids"], **arguments
     )
     assert torch.allclose(mixed, same)
-
-
-def test_behind_other_conversations_the_head_reads_the_same_and_the_copy_path_both(tiny_model, examples):
-    dataset = examples()
-    batch = collate([dataset[i] for i in range(4)])
-    both = behind_others(batch, 1, 10_000)
-    names = ("input_ids", "attention_mask", "readout_mask", "hidden_states")
-    for row in range(4):
-        read = both["input_ids"][row][both["attention_mask"][row].bool()].tolist()
-        assert read in [[*dataset.sequences[i], *dataset.sequences[row]] for i in range(4) if i != row]
-    for name in names:
-        assert torch.equal(both[name][:, -batch[name].shape[1] :], batch[name])
-    assert torch.equal(both["readout_mask"].sum(1), batch["readout_mask"].sum(1))
-    width = batch["input_ids"].shape[1]
-    for most, wanted in ((width // 2, width), (width + 5, width + 5), (10_000, 4 * width)):
-        cut = behind_others(batch, 3, most)
-        assert all(cut[name].shape[1] == wanted for name in names)
-        assert torch.equal(cut["input_ids"][:, -width:], batch["input_ids"])
-    alone = collate([dataset[0]])
-    assert all(torch.equal(behind_others(alone, 2, 10_000)[name], alone[name]) for name in names)
-    with torch.no_grad():
-        one, other = (tiny_model(**{name: inputs[name] for name in names}) for inputs in (batch, both))
-    before = other.attributions[:, : batch["input_ids"].shape[1]]
-    assert (before != 0).any(1).all() and not torch.allclose(one.query_embeddings, other.query_embeddings)
-
-
-def test_a_share_of_the_batches_stands_behind_others(make_model, examples, tmp_path):
-    losses = []
-    for share in (0.0, 0.9):
-        args = arguments(tmp_path, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
-        args.other_topics_share = share
-        trainer = NativeRetrievalTrainer(make_model(), args, examples())
-        trainer.train()
-        losses.append(trainer.state.log_history[0]["loss"])
-    assert losses[0] != losses[1]
 
 
 def test_generated_mode_reads_the_written_query(tiny_model, examples):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from modeling_native_retrieval import check_messages
 from native_retrieval.variety import vary, with_other_topics, with_typos
-from train import varied
+from train import behind_other_topics, varied
 
 texts = st.text(st.characters(categories=["L", "Nd", "P", "Zs"]), min_size=1, max_size=60).filter(str.strip)
 
@@ -23,10 +23,10 @@ def conversations(draw):
 
 
 @settings(max_examples=200, deadline=None)
-@given(conversations(), st.lists(conversations(), max_size=3), st.integers(0, 10**6))
-def test_a_varied_conversation_is_one_and_keeps_its_turns_in_order(messages, others, seed):
+@given(conversations(), st.integers(0, 10**6))
+def test_a_varied_conversation_is_one_and_keeps_its_turns_in_order(messages, seed):
     before = [dict(message) for message in messages]
-    varied = vary(messages, others, ["A passage."], random.Random(seed))
+    varied = vary(messages, ["A passage."], random.Random(seed))
     check_messages(varied)
     assert messages == before, "the original was changed"
     kept = iter(message["content"] for message in varied)
@@ -34,7 +34,7 @@ def test_a_varied_conversation_is_one_and_keeps_its_turns_in_order(messages, oth
     assert all(any(message["content"] == content for content in kept) for message in messages[:-1])
     letters = sorted("".join(messages[-1]["content"].split()))
     assert any(sorted("".join(message["content"].split())) == letters for message in varied)
-    assert varied == vary(messages, others, ["A passage."], random.Random(seed)), "the seed does not fix it"
+    assert varied == vary(messages, ["A passage."], random.Random(seed)), "the seed does not fix it"
 
 
 def test_every_kind_of_variety_occurs():
@@ -43,12 +43,10 @@ def test_every_kind_of_variety_occurs():
         {"role": "assistant", "content": "Picasso."},
         {"role": "user", "content": "Where was he born and raised?"},
     ]
-    others = [[{"role": "user", "content": "What is a lathe?"}]]
     rng = random.Random(0)
-    varied = [vary(messages, others, ["A passage."], rng) for _ in range(200)]
+    varied = [vary(messages, ["A passage."], rng) for _ in range(200)]
     assert {m[0]["role"] for m in varied} == {"system", "user"}
     assert {m[-1]["role"] for m in varied} == {"user", "assistant", "tool"}
-    assert any("What is a lathe?" in message["content"] for m in varied for message in m)
     assert any('"type": "function"' in m[0]["content"] for m in varied)
     assert any(message["role"] == "tool" for m in varied for message in m[:-1])
     assert any(messages[-1]["content"] not in [message["content"] for message in m] for m in varied)
@@ -57,30 +55,54 @@ def test_every_kind_of_variety_occurs():
 def test_a_rewrite_takes_the_place_of_some_last_questions():
     messages = [{"role": "user", "content": "Hello"}, {"role": "user", "content": "his?"}]
     rng = random.Random(0)
-    varied = [vary(messages, [messages], [], rng, "Picasso's?") for _ in range(200)]
+    varied = [vary(messages, [], rng, "Picasso's?") for _ in range(200)]
     replaced = [any(message["content"] == "Picasso's?" for message in m) for m in varied]
     assert 20 < sum(replaced) < 80
     assert all(any(message["content"] == "his?" for message in m) != r for m, r in zip(varied, replaced, strict=True))
 
 
-def test_other_topics_are_of_other_conversations():
-    questions = [f"What is {thing} made of?" for thing in ("glass", "steel", "paper")]
-    rows = [
-        {"conv": f"c{i}", "messages": [*before, {"role": "user", "content": f"{question[:-1]} today?"}], "rewrite": ""}
-        for i, question in enumerate(questions)
-        for before in ([], [{"role": "user", "content": question}, {"role": "assistant", "content": "Of sand."}])
-    ]
-    queries = Dataset.from_list(rows * 20)
-    behind = 0
-    for own, messages in zip(queries, varied(queries, queries, None, lambda messages: []), strict=True):
-        asked = [message["content"] for message in messages if message["role"] == "user"]
-        behind += sum(any(question[:-1] in text for text in asked) for question in questions) > 1
-        for message in own["messages"]:
-            assert message["role"] != "user" or asked.count(message["content"]) <= 1, "a turn of its own, once more"
-    assert behind > 20
-    alone = queries.filter(lambda row: row["conv"] == "c0")
-    for messages in varied(alone, alone, None, lambda messages: []):  # no others to be had
-        assert not any("steel" in message["content"] or "paper" in message["content"] for message in messages)
+def test_other_topics_are_of_other_conversations_and_serve_all_queries_of_one():
+    things = [f"thing {i}" for i in range(30)]
+    rows = []
+    for thing in things:
+        first = [{"role": "user", "content": f"What is {thing}?"}]
+        then = [
+            *first,
+            {"role": "assistant", "content": f"{thing}: made of sand."},
+            {"role": "user", "content": "Why?"},
+        ]
+        rows += [{"conv": thing, "messages": messages} for messages in (first, then)]
+    queries = Dataset.from_list(rows)
+    some, seen = behind_other_topics(queries, 0.5)
+    assert len(set(some["conv"])) == 15 and len(some) == len(seen) == 30
+    counts = set()
+    for (thing, messages), (_, later), before, after in zip(
+        *(list(zip(some["conv"], some["messages"], strict=True))[i::2] for i in (0, 1)),
+        seen[::2],
+        seen[1::2],
+        strict=True,
+    ):
+        assert before[-1:] == messages and after[-3:] == later
+        assert after[: len(before)] == before, "not behind the same turns: a pass for each"
+        others = before[:-1]
+        counts.add(sum(message["role"] == "user" for message in others))
+        assert not any(message["content"].startswith((f"What is {thing}?", f"{thing}:")) for message in others)
+    assert min(counts) >= 1 and max(counts) <= 20 and len(counts) > 5
+    assert behind_other_topics(queries, 0.5)[1] == seen
+    assert behind_other_topics(queries, 0)[1] == []
+    alone = queries.filter(lambda row: row["conv"] == things[0])
+    assert behind_other_topics(alone, 1.0)[1] == alone["messages"][:], "no others to be had"
+
+
+def test_a_varied_conversation_for_which_there_is_no_room_stays_as_it_is():
+    def build_prompt(messages):
+        if messages[0]["role"] == "system":
+            raise ValueError("too long")
+
+    queries = Dataset.from_list([{"messages": [{"role": "user", "content": "What is glass?"}], "rewrite": ""}] * 50)
+    seen = varied(queries, None, build_prompt)
+    assert all(messages[0]["role"] == "user" for messages in seen)
+    assert any(messages != own for messages, own in zip(seen, queries["messages"], strict=True))
 
 
 def test_other_topics_of_greetings_and_of_no_user_at_all():
