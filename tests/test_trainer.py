@@ -546,10 +546,13 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
 def test_data_sets_are_seen_as_often_as_their_weights_say(stub_training, backbone_dir, beir_folder, tmp_path, capfd):
     few = ("--variety", "0", "--plain_text_share", "0", "--word_epochs", "0")
     seen = {}
-    for weight in ("0.5", "1", "3"):
-        train.main(words(backbone_dir, beir_folder, tmp_path / weight, "--train_weights", weight, *few))
-        seen[weight] = int(re.search(r"Stage b: (\d+) examples", capfd.readouterr().out)[1])
-    assert seen["0.5"] == round(0.5 * seen["1"]) and seen["3"] == 3 * seen["1"] > 0
+    for weight, others in (("0.5", "0"), ("1", "0"), ("3", "0"), ("3", "1")):
+        more = ("--train_weights", weight, "--other_topics_share", others, *few)
+        train.main(words(backbone_dir, beir_folder, tmp_path / weight / others, *more))
+        seen[weight, others] = int(re.search(r"Stage b: (\d+) examples", capfd.readouterr().out)[1])
+    once = seen["1", "0"]
+    assert seen["0.5", "0"] == round(0.5 * once) and seen["3", "0"] == 3 * once > 0
+    assert seen["3", "1"] == 4 * once, "every conversation once more, behind others"
 
 
 def test_a_seed_draws_the_head_as_well_as_the_order(stub_training, backbone_dir, beir_folder, tmp_path):
