@@ -648,9 +648,10 @@ def run(argv: list[str], held: ExitStack) -> None:
         if len(some) and "context" in data_args.query_modes:
             seen = varied(some, corpus, model.build_prompt)
             train_parts.append(examples(f"{name}, varied", some, corpus, "context", seen))
-        some, seen = behind_other_topics(queries, data_args.other_topics_share)
-        if len(some) and "context" in data_args.query_modes:
-            train_parts.append(examples(f"{name}, behind others", some, corpus, "context", seen))
+        if "context" in data_args.query_modes:
+            some, seen = behind_other_topics(queries, data_args.other_topics_share)
+            if len(some):
+                train_parts.append(examples(f"{name}, behind others", some, corpus, "context", seen))
         if "probe" in data_args.query_modes:
             some = evenly(list(range(len(queries))), data_args.max_probe_queries or len(queries))
             probe_parts.append(examples(name, queries.select(some), corpus, "probe"))
