@@ -85,8 +85,9 @@ class DataArguments:
     train_weights: list[float] = field(
         default_factory=list,
         metadata={
-            "help": "How often each of train_data is seen in an epoch, in whole numbers (default: once). Below 1, that share of its "
-            "queries, the first: the turns of a conversation stand together, and cost one pass."
+            "help": "How often each of train_data is seen in an epoch, in whole numbers (default: once); what variety and "
+            "other_topics_share add is drawn anew each time. Below 1, that share of its queries, the first: the turns of a "
+            "conversation stand together, and cost one pass."
         },
     )
     query_modes: list[str] = field(
@@ -365,13 +366,15 @@ def that_fit(texts: list[str], build_prompt) -> list[str]:
     return list(filter(fits, texts))
 
 
-def varied(some, corpus, build_prompt) -> list:
-    """`some` queries' conversations as they may look in an agent, where the prompt has room for that."""
+def varied(queries, share: float, corpus, build_prompt, draw: int = 0):
+    """A share of the queries, and their conversations as they may look in an agent, where the prompt has room for that."""
     import random
 
     from native_retrieval.variety import vary
 
-    rng = random.Random(0)
+    rng = random.Random(draw)
+    rows = evenly(list(range(len(queries))), round(share * len(queries)))
+    some = queries.select([(row + draw) % len(queries) for row in rows])
     passages = corpus["text"][:1000] if corpus is not None else []
     conversations = []
     for messages, rewrite in zip(some["messages"], some["rewrite"], strict=True):
@@ -380,12 +383,12 @@ def varied(some, corpus, build_prompt) -> list:
             build_prompt(conversations[-1])
         except ValueError:  # a long system prompt, and nothing older left to drop
             conversations[-1] = messages
-    return conversations
+    return some, conversations
 
 
-def behind_other_topics(queries, share: float):
+def behind_other_topics(queries, share: float, draw: int = 0):
     """
-    The queries of a share of the conversations, and what each of them looks like behind turns of others.
+    The queries of a share of the conversations, and what each of them looks like behind turns of others, which `draw` tells.
 
     All queries of a conversation stand behind the same turns: so one pass of the backbone serves them.
     """
@@ -399,7 +402,7 @@ def behind_other_topics(queries, share: float):
     everyone = evenly(list(zip(queries["conv"], queries["messages"], strict=True)), 1000)
     others = {name: [messages for other, messages in everyone if other != name] for name in chosen}
     return some, [
-        behind_others(messages, others[name], random.Random(name))
+        behind_others(messages, others[name], random.Random(f"{draw} {name}"))
         for name, messages in zip(some["conv"], some["messages"], strict=True)
     ]
 
@@ -644,14 +647,14 @@ def run(argv: list[str], held: ExitStack) -> None:
     for entry, weight, (name, queries, corpus) in zip(data_args.train_data, weights, train, strict=True):
         for mode in modes_of(entry):
             train_parts += [examples(name, queries, corpus, mode)] * max(1, round(weight))
-        some = queries.select(evenly(list(range(len(queries))), round(data_args.variety * len(queries))))
-        if len(some) and "context" in data_args.query_modes:
-            seen = varied(some, corpus, model.build_prompt)
-            train_parts.append(examples(f"{name}, varied", some, corpus, "context", seen))
-        if "context" in data_args.query_modes:
-            some, seen = behind_other_topics(queries, data_args.other_topics_share)
-            if len(some):
-                train_parts.append(examples(f"{name}, behind others", some, corpus, "context", seen))
+        # What counts twice is varied twice, each time otherwise.
+        for draw in range(max(1, round(weight)) if "context" in data_args.query_modes else 0):
+            for what, (some, seen) in {
+                "varied": varied(queries, data_args.variety, corpus, model.build_prompt, draw),
+                "behind others": behind_other_topics(queries, data_args.other_topics_share, draw),
+            }.items():
+                if len(some):
+                    train_parts.append(examples(f"{name}, {what}", some, corpus, "context", seen))
         if "probe" in data_args.query_modes:
             some = evenly(list(range(len(queries))), data_args.max_probe_queries or len(queries))
             probe_parts.append(examples(name, queries.select(some), corpus, "probe"))

@@ -50,6 +50,7 @@ HALF_TURNS = (
     "Good question. To answer it I need to",
     "Let me find out what is known about this.",
 )
+COUNTS = (1, 2, 3, 5, 8, 13, 20)  # of turns on other topics: few are as hard to tell as many, and cost less
 EMPTY_RESULTS = ("No results.", "[]", "Error: the request timed out.", '{"status": "ok", "items": []}', "Done.")
 
 
@@ -73,7 +74,7 @@ def vary(
 
 def behind_others(messages: Conversation, others: Sequence[Conversation], rng: random.Random) -> Conversation:
     """The same conversation behind 1 to 20 user turns of other ones; which, `rng` alone decides, and not the messages."""
-    return with_other_topics(messages, others, _user_turns(messages) + rng.randint(1, 20), rng)
+    return with_other_topics(messages, others, _user_turns(messages) + rng.choice(COUNTS), rng)
 
 
 def with_typos(text: str, rng: random.Random) -> str:

@@ -552,7 +552,7 @@ def test_data_sets_are_seen_as_often_as_their_weights_say(stub_training, backbon
         seen[weight, others] = int(re.search(r"Stage b: (\d+) examples", capfd.readouterr().out)[1])
     once = seen["1", "0"]
     assert seen["0.5", "0"] == round(0.5 * once) and seen["3", "0"] == 3 * once > 0
-    assert seen["3", "1"] == 4 * once, "every conversation once more, behind others"
+    assert seen["3", "1"] == 6 * once, "every conversation as often behind others"
 
 
 def test_a_seed_draws_the_head_as_well_as_the_order(stub_training, backbone_dir, beir_folder, tmp_path):

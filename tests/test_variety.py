@@ -87,8 +87,9 @@ def test_other_topics_are_of_other_conversations_and_serve_all_queries_of_one():
         others = before[:-1]
         counts.add(sum(message["role"] == "user" for message in others))
         assert not any(message["content"].startswith((f"What is {thing}?", f"{thing}:")) for message in others)
-    assert min(counts) >= 1 and max(counts) <= 20 and len(counts) > 5
+    assert min(counts) >= 1 and max(counts) <= 20 and len(counts) > 3
     assert behind_other_topics(queries, 0.5)[1] == seen
+    assert behind_other_topics(queries, 0.5, draw=1)[1] != seen
     assert behind_other_topics(queries, 0)[1] == []
     alone = queries.filter(lambda row: row["conv"] == things[0])
     assert behind_other_topics(alone, 1.0)[1] == alone["messages"][:], "no others to be had"
@@ -100,9 +101,17 @@ def test_a_varied_conversation_for_which_there_is_no_room_stays_as_it_is():
             raise ValueError("too long")
 
     queries = Dataset.from_list([{"messages": [{"role": "user", "content": "What is glass?"}], "rewrite": ""}] * 50)
-    seen = varied(queries, None, build_prompt)
+    some, seen = varied(queries, 1.0, None, build_prompt)
     assert all(messages[0]["role"] == "user" for messages in seen)
-    assert any(messages != own for messages, own in zip(seen, queries["messages"], strict=True))
+    assert any(messages != own for messages, own in zip(seen, some["messages"], strict=True))
+
+
+def test_each_draw_varies_other_queries_otherwise():
+    rows = [{"messages": [{"role": "user", "content": f"What is thing {i}?"}], "rewrite": ""} for i in range(10)]
+    draws = [varied(Dataset.from_list(rows), 0.3, None, lambda messages: None, draw) for draw in range(3)]
+    assert [len(some) for some, _ in draws] == [3] * 3
+    assert len({messages[0]["content"] for some, _ in draws for messages in some["messages"]}) == 9
+    assert draws[1][1] == varied(Dataset.from_list(rows), 0.3, None, lambda messages: None, 1)[1]
 
 
 def test_other_topics_of_greetings_and_of_no_user_at_all():
