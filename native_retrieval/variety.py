@@ -1,8 +1,8 @@
 """What agents and users put around a question: system prompts, tools, half turns, typos, other topics.
 
 Logs that a head is trained on seldom have them, and real conversations do. [`vary`] and [`behind_others`] add them to a
-training conversation; the question, and so the document that answers it, stays the same. `benchmarks/robustness.py` measures with sentences that
-are not among these.
+training conversation; the question, and so the document that answers it, stays the same. `benchmarks/robustness.py`
+measures with sentences that are not among these.
 """
 
 import json
@@ -50,7 +50,7 @@ HALF_TURNS = (
     "Good question. To answer it I need to",
     "Let me find out what is known about this.",
 )
-COUNTS = (1, 2, 3, 5, 8, 13, 20)  # of turns on other topics: few are as hard to tell as many, and cost less
+NUM_OTHER_TURNS = (1, 2, 3, 5, 8, 13, 20)  # few are as hard to tell from one's own as many, and cost less
 EMPTY_RESULTS = ("No results.", "[]", "Error: the request timed out.", '{"status": "ok", "items": []}', "Done.")
 
 
@@ -74,7 +74,7 @@ def vary(
 
 def behind_others(messages: Conversation, others: Sequence[Conversation], rng: random.Random) -> Conversation:
     """The same conversation behind 1 to 20 user turns of other ones; which, `rng` alone decides, and not the messages."""
-    return with_other_topics(messages, others, _user_turns(messages) + rng.choice(COUNTS), rng)
+    return with_other_topics(messages, others, _user_turns(messages) + rng.choice(NUM_OTHER_TURNS), rng)
 
 
 def with_typos(text: str, rng: random.Random) -> str:
