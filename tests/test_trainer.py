@@ -13,12 +13,13 @@ from datasets import Dataset
 from fuzz import check_recipe, recipes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import ConcatDataset
 from transformers import AutoModel
 
 import train
 from configuration_native_retrieval import NativeRetrievalConfig
 from native_retrieval.data import load_task
-from native_retrieval.examples import build_examples, build_texts, collate, turned_away
+from native_retrieval.examples import PROMPT_KEYS, build_examples, build_texts, collate, turned_away
 from native_retrieval.losses import alignment_loss, contrastive_loss
 from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
 
@@ -299,6 +300,40 @@ def test_what_the_model_sees_may_differ_and_the_targets_do_not(tiny_model, examp
     plain, varied = examples(), examples(seen=seen)
     assert varied.sequences == [tiny_model.build_prompt(messages) for messages in seen] != plain.sequences
     assert np.array_equal(varied.targets, plain.targets) and varied.positives == plain.positives
+
+
+def test_a_changed_conversation_is_drawn_to_the_same_one_unchanged(make_model, stub_teacher, beir_folder, tmp_path):
+    model = make_model(head_dropout=0.5)
+    task = load_task(beir_folder, "train")
+
+    def build(rows, **more):
+        queries = task.queries.select(rows)
+        return build_examples(model, stub_teacher, queries, task.corpus, "context", cache_dir=str(tmp_path), **more)
+
+    seen = [[{"role": "system", "content": "Be brief."}, *task.queries[row]["messages"]] for row in (2, 0)]
+    plain = build(range(4))
+    changed = build([2, 0], seen=seen, unchanged=plain)
+    args = arguments(tmp_path, eval_strategy="no", load_best_model_at_end=False)
+    trainer = NativeRetrievalTrainer(model, args, ConcatDataset([plain, changed]))
+    batch = collate([changed[0], plain[3], changed[1]])
+    assert batch["changed"].tolist() == [True, False, True]
+
+    vectors = torch.nn.functional.normalize(torch.randn(3, model.config.embedding_dim), dim=-1).requires_grad_()
+    with torch.no_grad():
+        wanted = model.eval()(**{k: v for k, v in collate([plain[2], plain[0]]).items() if k in PROMPT_KEYS})
+    model.train()
+    loss = trainer._consistency(model, vectors, batch)
+    assert model.training
+    distances = 1 - (vectors[[0, 2]] * wanted.query_embeddings).sum(1)
+    assert loss.item() == pytest.approx(distances.sum().item() / 3, abs=1e-5)
+    loss.backward()
+    assert vectors.grad[0].any() and not vectors.grad[1].any()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    trainer.compute_loss(model, batch)
+    assert "consistency_loss" in trainer._parts
+    unmixed = collate([plain[0], plain[1]])
+    assert trainer._consistency(model, vectors[:2], unmixed).item() == 0
 
 
 def test_a_question_without_a_rewrite_takes_its_documents_title(tiny_model, stub_teacher, tmp_path):
@@ -584,7 +619,7 @@ def test_what_is_tested_on_is_not_trained_on(beir_folder, capsys):
     assert len(train.load_data(trained)[0][0][1]) == 6
 
 
-def test_the_novelty_threshold_is_the_best_on_dev(tiny_model, examples, tmp_path, monkeypatch):
+def test_the_novelty_threshold_finds_most_of_the_best_on_dev(tiny_model, examples, tmp_path, monkeypatch):
     dev = {"dev_context": examples("dev"), "dev_generated": examples("dev", mode="generated")}
     trainer = NativeRetrievalTrainer(tiny_model, arguments(tmp_path), examples(), dev)
     threshold = tiny_model.copy_path.novelty.threshold
@@ -593,11 +628,19 @@ def test_the_novelty_threshold_is_the_best_on_dev(tiny_model, examples, tmp_path
 
         def evaluate(parts, best=best):
             assert list(parts) == ["dev_context"]  # the mode that the model is saved with
-            return {"eval_ndcg@10": 1 - abs(threshold.item() - best)}
+            return {"eval_ndcg@10": 1 - abs(threshold.item() - best), "eval_recall@10": threshold.item()}
 
         monkeypatch.setattr(trainer, "evaluate", evaluate)
         assert train.choose_novelty_threshold(trainer) == pytest.approx(threshold.item()) == pytest.approx(best)
         threshold.data.fill_(learned)
+
+    alike = {0.3: (0.7, 0.8), 0.25: (0.6975, 0.9), 0.2: (0.6965, 1.0)}
+
+    def flat(parts):
+        return dict(zip(("eval_ndcg@10", "eval_recall@10"), alike.get(round(threshold.item(), 4), (0, 0)), strict=True))
+
+    monkeypatch.setattr(trainer, "evaluate", flat)
+    assert train.choose_novelty_threshold(trainer) == 0.25
 
 
 def test_shipped_recipes_parse():
