@@ -40,7 +40,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Of a teacher that puts all texts close together, high ones.
 NOVELTY_THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
-ALIKE = 0.003  # a dev metric that is no further from another: two seeds differ by as much
 
 
 @dataclass
@@ -458,9 +457,8 @@ def train_only(*parts, of) -> None:
 def choose_novelty_threshold(trainer) -> float:
     """
     Sets the cosine from which on a vector is turned away from a turn to the best on dev, beside the one that was learned,
-    and returns it: the losses see single documents, and not who comes first in the index. Of those that are alike, the one
-    that finds most, as an agent reads all ten documents. Each data set counts once, in the mode that the model is saved
-    with, if it was trained.
+    and returns it: the losses see single documents, and not who comes first in the index. Each data set counts once, in
+    the mode that the model is saved with, if it was trained.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     novelty, mode = model.copy_path.novelty, model.config.query_mode
@@ -472,14 +470,11 @@ def choose_novelty_threshold(trainer) -> float:
     found, logged = {}, len(trainer.state.log_history)
     for threshold in (novelty.threshold.item(), *NOVELTY_THRESHOLDS):
         novelty.threshold.data.fill_(threshold)
-        metrics = trainer.evaluate(parts)
-        found[threshold] = metrics[metric], metrics["eval_recall@10"]
+        found[threshold] = trainer.evaluate(parts)[metric]
     del trainer.state.log_history[logged:]  # the card shows what was trained, and then what was chosen
-    best = better(value for value, _ in found.values())
-    alike = {threshold: hits for threshold, (value, hits) in found.items() if abs(value - best) <= ALIKE}
-    chosen = max(alike, key=alike.get)
-    novelty.threshold.data.fill_(chosen)
-    return chosen
+    best = better(found, key=found.get)
+    novelty.threshold.data.fill_(best)
+    return best
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -652,6 +647,7 @@ def run(argv: list[str], held: ExitStack) -> None:
     weights = data_args.train_weights or [1.0] * len(train)
     for entry, weight, (name, queries, corpus) in zip(data_args.train_data, weights, train, strict=True):
         parts = {mode: examples(name, queries, corpus, mode) for mode in modes_of(entry)}
+        unchanged = parts.get("context") if training_args.consistency_weight else None
         for part in parts.values():
             train_parts += [part] * max(1, round(weight))
         # What counts twice is varied twice, each time otherwise.
@@ -661,7 +657,7 @@ def run(argv: list[str], held: ExitStack) -> None:
                 "behind others": behind_other_topics(queries, data_args.other_topics_share, draw),
             }.items():
                 if len(some):
-                    train_parts.append(examples(f"{name}, {what}", some, corpus, "context", seen, parts["context"]))
+                    train_parts.append(examples(f"{name}, {what}", some, corpus, "context", seen, unchanged))
         if "probe" in data_args.query_modes:
             some = evenly(list(range(len(queries))), data_args.max_probe_queries or len(queries))
             probe_parts.append(examples(name, queries.select(some), corpus, "probe"))

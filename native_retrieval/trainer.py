@@ -44,8 +44,11 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
     )
     rank_weight: float = field(default=1.0, metadata={"help": "Weight of the KL to the teacher's ranking."})
     consistency_weight: float = field(
-        default=2.0,
-        metadata={"help": "Weight of the cosine distance that what stands around a conversation moves its vector by."},
+        default=0.0,
+        metadata={
+            "help": "Weight of the cosine distance that what stands around a conversation moves its vector by: more is found "
+            "behind other topics, and ranked a little lower. 2 is a good one."
+        },
     )
     contrastive_temperature: float = field(default=0.05, metadata={"help": "Temperature of InfoNCE."})
     rank_temperature: float = field(default=0.05, metadata={"help": "Temperature of the rank distillation."})
@@ -119,8 +122,8 @@ class StageProgress(ProgressCallback):
 
 class NativeRetrievalTrainer(Trainer):
     """
-    Trains a `NativeRetrievalModel`'s head by a weighted sum of alignment, contrastive and rank-distillation losses, and of
-    consistency: a conversation's vector should not move by what an agent or an earlier topic puts around it.
+    Trains a `NativeRetrievalModel`'s head by a weighted sum of alignment, contrastive and rank-distillation losses, and, on
+    request, of consistency: a conversation's vector should not move by what an agent or an earlier topic puts around it.
 
     Each part is logged under its own name. Dev metrics are those of retrieval in the whole dev corpus. In-batch
     negatives are shared among devices; only queries carry gradients, so each device's own share is exact.

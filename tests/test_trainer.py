@@ -313,7 +313,7 @@ def test_a_changed_conversation_is_drawn_to_the_same_one_unchanged(make_model, s
     seen = [[{"role": "system", "content": "Be brief."}, *task.queries[row]["messages"]] for row in (2, 0)]
     plain = build(range(4))
     changed = build([2, 0], seen=seen, unchanged=plain)
-    args = arguments(tmp_path, eval_strategy="no", load_best_model_at_end=False)
+    args = arguments(tmp_path, consistency_weight=2.0, eval_strategy="no", load_best_model_at_end=False)
     trainer = NativeRetrievalTrainer(model, args, ConcatDataset([plain, changed]))
     batch = collate([changed[0], plain[3], changed[1]])
     assert batch["changed"].tolist() == [True, False, True]
@@ -619,7 +619,7 @@ def test_what_is_tested_on_is_not_trained_on(beir_folder, capsys):
     assert len(train.load_data(trained)[0][0][1]) == 6
 
 
-def test_the_novelty_threshold_finds_most_of_the_best_on_dev(tiny_model, examples, tmp_path, monkeypatch):
+def test_the_novelty_threshold_is_the_best_on_dev(tiny_model, examples, tmp_path, monkeypatch):
     dev = {"dev_context": examples("dev"), "dev_generated": examples("dev", mode="generated")}
     trainer = NativeRetrievalTrainer(tiny_model, arguments(tmp_path), examples(), dev)
     threshold = tiny_model.copy_path.novelty.threshold
@@ -628,19 +628,11 @@ def test_the_novelty_threshold_finds_most_of_the_best_on_dev(tiny_model, example
 
         def evaluate(parts, best=best):
             assert list(parts) == ["dev_context"]  # the mode that the model is saved with
-            return {"eval_ndcg@10": 1 - abs(threshold.item() - best), "eval_recall@10": threshold.item()}
+            return {"eval_ndcg@10": 1 - abs(threshold.item() - best)}
 
         monkeypatch.setattr(trainer, "evaluate", evaluate)
         assert train.choose_novelty_threshold(trainer) == pytest.approx(threshold.item()) == pytest.approx(best)
         threshold.data.fill_(learned)
-
-    alike = {0.3: (0.7, 0.8), 0.25: (0.6975, 0.9), 0.2: (0.6965, 1.0)}
-
-    def flat(parts):
-        return dict(zip(("eval_ndcg@10", "eval_recall@10"), alike.get(round(threshold.item(), 4), (0, 0)), strict=True))
-
-    monkeypatch.setattr(trainer, "evaluate", flat)
-    assert train.choose_novelty_threshold(trainer) == 0.25
 
 
 def test_shipped_recipes_parse():
