@@ -175,7 +175,7 @@ MUTATIONS = [
     Mutation(
         "examples: the head reads the whole prompt",
         EXAMPLES,
-        '-min(item["num_read"], length) :] = True',
+        '-min(prompt["num_read"], length) :] = True',
         "-length:] = True",
         "trainer::test_the_head_is_to_read_the_end_of_each_prompt",
     ),
