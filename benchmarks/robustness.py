@@ -6,9 +6,9 @@ How a native mode stands up to what real agents and real users put around a ques
         --output results/robustness-qrecc.json
 
 The same queries and documents each time; only the conversation changes, by sentences that training has not seen. What is
-drawn at random, typos and turns of other conversations, is drawn several times, and the mean is shown. The
-figure, in `figures/` beside the output, shows Recall@10 of each variant with the 95% interval of its paired difference to
-the conversations as they are.
+drawn at random, typos and turns of other conversations, is drawn three times, and the mean is shown. The figure, in
+`figures/` beside the output, shows Recall@10 of each variant with the 95% interval of its paired difference to the
+conversations as they are.
 """
 
 import json
@@ -87,6 +87,7 @@ VARIANTS: dict[str, Callable] = {
     },
 }
 DRAWN = [name for name in VARIANTS if name.startswith(("typos", "at least"))]
+NUM_DRAWS = 3
 
 
 def draw(result: dict, path: Path) -> None:
@@ -132,12 +133,9 @@ def main() -> None:
         choices=[name for name in METHODS if name.startswith("native-")],
         help="(default: %(default)s)",
     )
-    parser.add_argument("--draws", type=int, default=3, help="of what is drawn at random (default: %(default)s)")
     parser.add_argument("--output", required=True, help="the JSON file to write")
     parser.add_argument("--cache_dir", default=".cache/native_retrieval")
     arguments = parser.parse_args()
-    if arguments.draws < 1:
-        raise ValueError(f"--draws {arguments.draws} must be at least 1")
     settings = EvalArguments(
         model=arguments.model, data=arguments.data, output=arguments.output, cache_dir=arguments.cache_dir
     )
@@ -155,14 +153,14 @@ def main() -> None:
         "split": task.split,
         "num_queries": len(everyone),
         "method": arguments.method,
-        "draws": arguments.draws,
+        "draws": NUM_DRAWS,
         "command": " ".join(["python", *sys.argv]),
         "variants": {},
     }
     whole = None
     for name, change in VARIANTS.items():
         draws = []
-        for seed in range(arguments.draws if name in DRAWN else 1):
+        for seed in range(NUM_DRAWS if name in DRAWN else 1):
             rng = random.Random(seed)
             changed = [
                 change([dict(m) for m in messages], rest, rng) for messages, rest in zip(everyone, others, strict=True)
@@ -170,13 +168,13 @@ def main() -> None:
             queries = task.queries.remove_columns("messages").add_column("messages", changed)
             comparison = Comparison(model, None, index, queries, [arguments.method])
             draws.append(per_query(comparison.runs()[arguments.method], task.qrels, comparison.query_ids))
-        recall, mrr = (np.mean([draw[metric] for draw in draws], axis=0) for metric in ("recall@10", "mrr@10"))
+        recall, mrr = (np.mean([found[metric] for found in draws], axis=0) for metric in ("recall@10", "mrr@10"))
         whole = recall if whole is None else whole
         row = {
             "recall@10": float(recall.mean()),
             "mrr@10": float(mrr.mean()),
             "of_whole": float(recall.mean() / whole.mean()),
-            "recall@10 of each draw": [float(np.mean(draw["recall@10"])) for draw in draws],
+            "recall@10 of each draw": [float(np.mean(found["recall@10"])) for found in draws],
         }
         row["difference"] = list(map(float, paired_bootstrap(recall, whole))) if name != "as they are" else [0.0] * 3
         result["variants"][name] = row
