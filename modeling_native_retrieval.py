@@ -392,6 +392,66 @@ class Novelty(nn.Module):
         return vectors - (away[:, None] @ turns).squeeze(1), away * gate / turn_length
 
 
+class Antecedents(nn.Module):
+    """
+    What the last question refers to: each of its words looks for words of the turns before. The newest tokens, which the
+    copy path's other heads ask from, have read the question as a whole; "they" or "that album" knows best whom it means.
+
+    A word may also find nothing, and how much each one's finding counts is learned.
+    """
+
+    NUM_WORDS = 24  # of the question, the newest
+
+    def __init__(self, config: NativeRetrievalConfig):
+        super().__init__()
+        hidden_size = config.text_config.get_text_config().hidden_size
+        heads, width = config.copy_num_heads, config.copy_head_dim
+        self.query = nn.Linear(hidden_size, heads * width)
+        self.key = nn.Parameter(torch.empty(heads, width, hidden_size))
+        self.share = nn.Linear(hidden_size, heads)
+        self.nothing = nn.Parameter(torch.empty(heads))
+        self.dropout = nn.Dropout(config.head_dropout)
+
+    def forward(
+        self,
+        states: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor,
+        places: torch.Tensor,
+        mask: torch.Tensor,
+        segments: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Args:
+            states, places, mask, segments: as of [`CopyPath`].
+            scale (`(batch, tokens)`): what makes each state one of root mean square 1.
+            bias (`(batch, heads, words)`): what is added to every word's score.
+
+        Returns:
+            the weight of each word of the turns before the last question, `(batch, heads, words)`, at most 1 in sum.
+        """
+        batch, num_words = places.shape
+        heads, width, _ = self.key.shape
+        mask = mask & (segments > 0)  # 0: what an agent has done since
+        last = segments.masked_fill(~mask, CopyPath.NUM_SEGMENTS).amin(1, keepdim=True)
+        earlier = mask & (segments > last)
+        asking = (mask & (segments == last)) * torch.arange(1, num_words + 1, device=places.device)
+        asking, order = asking.topk(min(self.NUM_WORDS, num_words), dim=1)
+        at, rows = places.gather(1, order), torch.arange(batch, device=places.device)[:, None]
+        question = (states[rows, at] * scale[rows, at][..., None]).to(self.query.weight.dtype)
+
+        queries = self.dropout(self.query(question).float()).view(batch, -1, heads, width).transpose(1, 2)
+        queries = queries @ self.key * width**-0.5
+        scores = (queries.flatten(1, 2) @ states.mT).view(batch, heads, -1, states.shape[1]) * scale[:, None, None]
+        scores = scores.gather(3, places[:, None, None].expand(-1, heads, scores.shape[2], -1)) + bias[:, :, None]
+        low = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~earlier[:, None, None], low)
+        nothing = self.nothing[:, None, None].expand(batch, -1, scores.shape[2], 1)
+        found = torch.cat((scores, CopyPath.BIAS_SCALE * nothing), dim=-1).softmax(-1)[..., :-1]
+        shares = self.share(question).float().mT.masked_fill((asking == 0)[:, None], low).softmax(-1)
+        return (shares[:, :, None] @ found).squeeze(2)
+
+
 class CopyPath(nn.Module):
     """
     What a language model's deep states lose is which words were said. This path attends over the conversation, decides
@@ -422,8 +482,10 @@ class CopyPath(nn.Module):
         vocab_size = config.copy_vocab_size or text.vocab_size
         self.token_values = nn.Embedding(vocab_size, config.embedding_dim)
         self.token_salience = nn.Embedding(vocab_size, 1)
-        self.gain = nn.Parameter(torch.empty(heads))
+        self.antecedents = Antecedents(config)
+        self.gain = nn.Parameter(torch.empty(2 * heads))
         self.state_value = ZeroLinear(heads * text.hidden_size, config.embedding_dim, bias=False)
+        self.antecedent_value = ZeroLinear(heads * text.hidden_size, config.embedding_dim, bias=False)
         self.novelty = Novelty(config)
         self.dropout = nn.Dropout(config.head_dropout)
 
@@ -474,18 +536,21 @@ class CopyPath(nn.Module):
         off_topic = F.relu(self.topic_threshold[:, None] - self._relatedness(turn_words)[:, None])
         bias = self.segment_bias.weight[:count].flip(0).T - self.topic_slope[:, None] * off_topic
         bias = self.BIAS_SCALE * bias.gather(2, turns[:, None].expand_as(scores))
-        scores = scores + salience[:, None] + bias
+        bias = salience[:, None] + bias
+        scores = scores + bias
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
         # A row with nothing to copy would otherwise spread its weight over padding.
         weights = scores.softmax(-1) * mask.any(1)[:, None, None]
+        antecedents = self.antecedents(states, scale, bias.detach(), places, mask, segments)
+        weights = torch.cat((weights, antecedents), dim=1)
         copied = self.gain @ weights
 
         # The sums of states: the heads' over all tokens, and each turn's over its own, no two of which have any in common.
         tokens = states.shape[1]
-        weights = weights.new_zeros(batch, self.num_heads, tokens).scatter_add(
+        weights = weights.new_zeros(batch, len(self.gain), tokens).scatter_add(
             2, places[:, None].expand_as(weights), weights
         )
-        mixed = weights * scale[:, None] @ states
+        mixed = self.dropout(weights * scale[:, None] @ states).to(self.state_value.weight.dtype)
         turn_states = F.embedding_bag(
             (places + tokens * torch.arange(batch, device=places.device)[:, None]).flatten(),
             states.flatten(0, 1),
@@ -494,7 +559,8 @@ class CopyPath(nn.Module):
             mode="sum",
         ).view(batch, count, -1)
         vectors = vectors + self._sum_of_values(input_ids, copied)
-        vectors = vectors + self.state_value(self.dropout(mixed.flatten(1)).to(self.state_value.weight.dtype))
+        vectors = vectors + self.state_value(mixed[:, : self.num_heads].flatten(1))
+        vectors = vectors + self.antecedent_value(mixed[:, self.num_heads :].flatten(1))
 
         vectors, away = self.novelty(vectors, summary, turn_words, turn_states)
         return vectors, (self.gain @ weights).scatter_add(1, places, -away.gather(1, turns) * shares)
@@ -779,6 +845,8 @@ class NativeRetrievalModel(PreTrainedModel):
         f"copy_path.{name}"
         for name in (
             "key",
+            "antecedents.key",
+            "antecedents.nothing",
             "segment_bias",
             "topic_threshold",
             "topic_slope",
@@ -817,11 +885,15 @@ class NativeRetrievalModel(PreTrainedModel):
             init.zeros_(module.weight)
         elif isinstance(module, CopyPath):
             init.normal_(module.key, std=0.02)
-            init.constant_(module.gain, 1.0 / module.num_heads)
+            gains = torch.tensor([1.0, 0.5]) / module.num_heads  # antecedents have the words beside them
+            init.copy_(module.gain, gains.repeat_interleave(module.num_heads))
             init.zeros_(module.segment_bias.weight)
             init.constant_(module.topic_threshold, 0.6)
             init.constant_(module.topic_slope, 0.4)
             init.zeros_(module.token_salience.weight)
+        elif isinstance(module, Antecedents):
+            init.normal_(module.key, std=0.02)
+            init.zeros_(module.nothing)
         elif isinstance(module, Novelty):
             init.zeros_(module.turn_gate.bias)  # half open
             init.constant_(module.threshold, 0.45)
@@ -1283,7 +1355,8 @@ class NativeRetrievalModel(PreTrainedModel):
         last = found.shape[1] - 1 - found.flip(1).long().argmax(1, keepdim=True) + len(opening) - 1
         last = order.gather(1, last)
         since = segments.gather(1, last) - special.long().gather(1, last) - behind
-        return (segments - since.clamp(min=0) * found.any(1, keepdim=True)).clamp(min=0)
+        numbered = segments - since.clamp(min=0)
+        return torch.where(found.any(1, keepdim=True), numbered.masked_fill(numbered < behind, 0), segments)
 
     def _reading_part(self) -> nn.Module:
         """The backbone up to the last layer that is read, a view of it: those behind serve generation alone."""

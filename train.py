@@ -612,7 +612,7 @@ def run(argv: list[str], held: ExitStack) -> None:
     model = new_model(model_args, teacher).to(training_args.device)
     offset = 0
 
-    def examples(name, queries, corpus, mode, seen=None):
+    def examples(name, queries, corpus, mode, seen=None, unchanged=None):
         return build_examples(
             model,
             teacher,
@@ -629,6 +629,7 @@ def run(argv: list[str], held: ExitStack) -> None:
             id_offset=offset,
             name=name,
             seen=seen,
+            unchanged=unchanged,
         )
 
     def modes_of(entry: str) -> list[str]:
@@ -645,16 +646,18 @@ def run(argv: list[str], held: ExitStack) -> None:
     train_parts, probe_parts = [], []
     weights = data_args.train_weights or [1.0] * len(train)
     for entry, weight, (name, queries, corpus) in zip(data_args.train_data, weights, train, strict=True):
-        for mode in modes_of(entry):
-            train_parts += [examples(name, queries, corpus, mode)] * max(1, round(weight))
+        parts = {mode: examples(name, queries, corpus, mode) for mode in modes_of(entry)}
+        unchanged = parts.get("context") if training_args.consistency_weight else None
+        for part in parts.values():
+            train_parts += [part] * max(1, round(weight))
         # What counts twice is varied twice, each time otherwise.
-        for draw in range(max(1, round(weight)) if "context" in data_args.query_modes else 0):
+        for draw in range(max(1, round(weight)) if "context" in parts else 0):
             for what, (some, seen) in {
                 "varied": varied(queries, data_args.variety, corpus, model.build_prompt, draw),
                 "behind others": behind_other_topics(queries, data_args.other_topics_share, draw),
             }.items():
                 if len(some):
-                    train_parts.append(examples(f"{name}, {what}", some, corpus, "context", seen))
+                    train_parts.append(examples(f"{name}, {what}", some, corpus, "context", seen, unchanged))
         if "probe" in data_args.query_modes:
             some = evenly(list(range(len(queries))), data_args.max_probe_queries or len(queries))
             probe_parts.append(examples(name, queries.select(some), corpus, "probe"))

@@ -21,6 +21,7 @@ from .variety import Conversation, with_typos
 
 NOVELTY_RIDGE = 0.3
 SAME_TEXT = 0.95  # the cosine from which on two texts count as one
+PROMPT_KEYS = ("input_ids", "attention_mask", "readout_mask", "hidden_states")  # of a batch: arguments of the model
 HARD_NEGATIVE_POOL = 5  # times as many near documents as an example draws: the very nearest are often right too
 
 
@@ -42,6 +43,8 @@ class RetrievalExamples(torch.utils.data.Dataset):
         id_offset (`int`): tells the documents of several corpora apart.
         name (`str`): of the data set, for metrics.
         ids (`list[str]`, *optional*): of the queries, for errors; their numbers by default.
+        unchanged (`RetrievalExamples`, *optional*): has the same queries, by `ids`, in conversations that nothing was put
+            around: an example brings the prompt of its own along, whose vector it should have.
         mode (`str`): `"context"`, `"generated"`, `"probe"`, or `"words"` for plain texts of the copy path's words. A
             batch has rows of one mode, but for the first two.
     """
@@ -59,6 +62,12 @@ class RetrievalExamples(torch.utils.data.Dataset):
     name: str = ""
     mode: str = "context"
     ids: Sequence[str] | None = None
+    unchanged: "RetrievalExamples | None" = None
+
+    def __post_init__(self) -> None:
+        if self.unchanged is not None:
+            place = {query: row for row, query in enumerate(self.unchanged.ids)}
+            self._rows_unchanged = [place[query] for query in self.ids]
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -67,21 +76,27 @@ class RetrievalExamples(torch.utils.data.Dataset):
     def lengths(self) -> list[int]:
         return [len(sequence) for sequence in self.sequences]
 
+    def prompt(self, i: int) -> dict:
+        """What the model reads of a query."""
+        item = {"input_ids": self.sequences[i], "num_read": self.num_read[i]}
+        if self.store is not None:
+            item["hidden_states"] = self.store[i]
+        return item
+
     def __getitem__(self, i: int) -> dict:
         positives = self.positives[i]
         item = {
+            **self.prompt(i),
             "index": i,
             "query": f"{self.name}: {self.ids[i] if self.ids else i}",
-            "input_ids": self.sequences[i],
-            "num_read": self.num_read[i],
             "target": self.targets[i],
             # Plain text has no document: it is its own positive.
             "positive": self.documents[positives[0]] if positives else self.targets[i],
             "positive_ids": [self.id_offset + row for row in positives] or [self.id_offset + len(self.documents) + i],
             "mode": self.mode,
         }
-        if self.store is not None:
-            item["hidden_states"] = self.store[i]
+        if self.unchanged is not None:
+            item["unchanged"] = self.unchanged.prompt(self._rows_unchanged[i])
         if self.ranking is not None:
             item["ranking"] = self.documents[self.ranking[i]]
         if self.hard_negatives is not None:
@@ -93,32 +108,26 @@ class RetrievalExamples(torch.utils.data.Dataset):
 
 
 def collate(items: Sequence[dict]) -> dict[str, torch.Tensor]:
-    """A batch, padded on the left; the keys are the arguments of `NativeRetrievalTrainer.compute_loss`."""
-    width = max(len(item["input_ids"]) for item in items)
+    """
+    A batch, padded on the left; the keys are the arguments of `NativeRetrievalTrainer.compute_loss`.
+
+    `unchanged` has the prompts of the rows that `changed` marks, as they were before, in the same order.
+    """
     batch = {
+        **_pad(items),
         "index": torch.tensor([item["index"] for item in items]),
         "query": [item["query"] for item in items],
-        "input_ids": torch.zeros(len(items), width, dtype=torch.long),
-        "attention_mask": torch.zeros(len(items), width, dtype=torch.long),
-        "readout_mask": torch.zeros(len(items), width, dtype=torch.bool),
         "targets": torch.from_numpy(np.stack([item["target"] for item in items])),
         "positives": torch.from_numpy(np.stack([item["positive"] for item in items])),
         "mode": items[0]["mode"],
+        "changed": torch.tensor(["unchanged" in item for item in items]),
     }
+    if batch["changed"].any():
+        batch["unchanged"] = _pad([item["unchanged"] for item in items if "unchanged" in item])
     known = max(len(item["positive_ids"]) for item in items)
     batch["positive_ids"] = torch.full((len(items), known), -1)
-    with_states = "hidden_states" in items[0]
-    if with_states:
-        shape = items[0]["hidden_states"].shape[1:]
-        batch["hidden_states"] = torch.zeros(len(items), width, *shape, dtype=items[0]["hidden_states"].dtype)
     for row, item in enumerate(items):
-        length = len(item["input_ids"])
-        batch["input_ids"][row, -length:] = torch.tensor(item["input_ids"])
-        batch["attention_mask"][row, -length:] = 1
-        batch["readout_mask"][row, -min(item["num_read"], length) :] = True
         batch["positive_ids"][row, : len(item["positive_ids"])] = torch.tensor(item["positive_ids"])
-        if with_states:
-            batch["hidden_states"][row, -length:] = item["hidden_states"]
     # Rows without a ranking, or with fewer documents than others, are marked, so that a mixture makes one batch.
     for key in ("ranking", "negatives"):
         if any(key in item for item in items):
@@ -137,6 +146,27 @@ def collate(items: Sequence[dict]) -> dict[str, torch.Tensor]:
             if "negative_ids" in item:
                 batch["negative_ids"][row, : len(item["negative_ids"])] = torch.from_numpy(item["negative_ids"])
     return batch
+
+
+def _pad(prompts: Sequence[dict]) -> dict[str, torch.Tensor]:
+    """The `PROMPT_KEYS` of a batch, without states where these are computed in each step."""
+    width = max(len(prompt["input_ids"]) for prompt in prompts)
+    padded = {
+        "input_ids": torch.zeros(len(prompts), width, dtype=torch.long),
+        "attention_mask": torch.zeros(len(prompts), width, dtype=torch.long),
+        "readout_mask": torch.zeros(len(prompts), width, dtype=torch.bool),
+    }
+    if "hidden_states" in prompts[0]:
+        first = prompts[0]["hidden_states"]
+        padded["hidden_states"] = torch.zeros(len(prompts), width, *first.shape[1:], dtype=first.dtype)
+    for row, prompt in enumerate(prompts):
+        length = len(prompt["input_ids"])
+        padded["input_ids"][row, -length:] = torch.tensor(prompt["input_ids"])
+        padded["attention_mask"][row, -length:] = 1
+        padded["readout_mask"][row, -min(prompt["num_read"], length) :] = True
+        if "hidden_states" in prompt:
+            padded["hidden_states"][row, -length:] = prompt["hidden_states"]
+    return padded
 
 
 def build_texts(
@@ -180,6 +210,7 @@ def build_examples(
     id_offset: int = 0,
     name: str = "",
     seen: Sequence[Conversation] | None = None,
+    unchanged: RetrievalExamples | None = None,
 ) -> RetrievalExamples:
     """
     Queries with messages to training (or dev) examples, everything costly read from `cache_dir` or computed into it.
@@ -198,6 +229,7 @@ def build_examples(
             relevant.
         seen (`list[Conversation]`, *optional*): what the model reads in the place of `queries["messages"]`; see
             `variety.py`.
+        unchanged (`RetrievalExamples`, *optional*): those of the same queries, and maybe others, without `seen`.
     """
     seen = queries["messages"] if seen is None else seen
     ids = queries["_id"] if "_id" in queries.column_names else range(len(queries))
@@ -226,9 +258,17 @@ def build_examples(
         sequences, num_read = prompts, [model.config.num_context_tokens] * len(prompts)
     targets = np.array(teacher.cached(texts, "query", f"Teacher: targets of {name}"))
     examples = RetrievalExamples(
-        sequences, num_read, targets, targets[:0], [[] for _ in prompts], id_offset=id_offset, name=name, mode=mode
+        sequences,
+        num_read,
+        targets,
+        targets[:0],
+        [[] for _ in prompts],
+        id_offset=id_offset,
+        name=name,
+        mode=mode,
+        ids=list(map(str, ids)),
+        unchanged=unchanged,
     )
-    examples.ids = list(map(str, ids))
     if corpus is not None:
         examples.documents = teacher.documents(corpus)
         examples.positives = [[rows[document_id] for document_id in gold] for gold in queries["gold"]]

@@ -3,6 +3,7 @@ One epoch without learning for each case: writes the steps' losses and gradients
 teacher's vectors and rankings, hidden states and written queries, which the devices share.
 """
 
+import gc
 import json
 import os
 import sys
@@ -10,13 +11,14 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils.data import ConcatDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_native_retrieval import NativeRetrievalModel
 from native_retrieval import features as features_module
 from native_retrieval import teacher as teacher_module
 from native_retrieval.data import load_task
-from native_retrieval.examples import build_examples
+from native_retrieval.examples import RetrievalExamples, build_examples
 from native_retrieval.features import cached_queries
 from native_retrieval.teacher import Teacher
 from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
@@ -63,12 +65,23 @@ model = NativeRetrievalModel.from_backbone(
 )
 task = load_task(data, "train")
 cached_queries(model, [model.build_prompt(messages) for messages in task.queries["messages"]], folder / "cache")
-for name, (count, (alignment, contrastive, rank), *accumulated) in json.loads(cases).items():
+
+
+def build(count: int, **more) -> RetrievalExamples:
     queries = task.queries.select(range(count))
     examples = build_examples(
-        model, teacher, queries, task.corpus, "context", cache_dir=str(folder / "cache"), num_hard_negatives=2
+        model, teacher, queries, task.corpus, "context", cache_dir=str(folder / "cache"), num_hard_negatives=2, **more
     )
     examples.num_hard_negatives = examples.hard_negatives.shape[1]  # all of the pool: which are drawn must not differ
+    return examples
+
+
+for name, (count, (alignment, contrastive, rank, consistency), *accumulated) in json.loads(cases).items():
+    examples = build(count)
+    if consistency:  # the second half is of the first's conversations, behind a system message
+        plain, half = build(-(-count // 2)), count // 2
+        seen = [[{"role": "system", "content": "Be brief."}, *m] for m in task.queries[:half]["messages"]]
+        examples = ConcatDataset([plain, build(half, seen=seen, unchanged=plain)])
     arguments = NativeRetrievalTrainingArguments(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=int(batch_size),
@@ -86,6 +99,7 @@ for name, (count, (alignment, contrastive, rank), *accumulated) in json.loads(ca
         alignment_weight=alignment,
         contrastive_weight=contrastive,
         rank_weight=rank,
+        consistency_weight=consistency,
     )
     steps.clear()
     trainer = Recorder(model, arguments, examples)
@@ -95,4 +109,7 @@ for name, (count, (alignment, contrastive, rank), *accumulated) in json.loads(ca
 if main_process:
     torch.save(result, output)
 if torch.distributed.is_initialized():
+    # Who still holds the group keeps its threads alive, and they abort a process that ends before them.
+    del trainer, examples, model
+    gc.collect()
     torch.distributed.destroy_process_group()

@@ -124,6 +124,27 @@ MUTATIONS = [
         "trainer::test_a_short_ranking_counts_as_it_would_alone_and_none_at_all_as_right",
     ),
     Mutation(
+        "consistency: rows that were not changed do not count",
+        TRAINER,
+        "unchanged[: changed.sum()]) * changed.float().mean()",
+        "unchanged[: changed.sum()])",
+        "trainer::test_a_changed_conversation_is_drawn_to_the_same_one_unchanged",
+    ),
+    Mutation(
+        "consistency: under dropout",
+        TRAINER,
+        "model.eval()  # without dropout",
+        "pass",
+        "trainer::test_a_changed_conversation_is_drawn_to_the_same_one_unchanged",
+    ),
+    Mutation(
+        "consistency: of another conversation",
+        EXAMPLES,
+        "[place[query] for query in self.ids]",
+        "list(range(len(self.ids)))",
+        "trainer::test_a_changed_conversation_is_drawn_to_the_same_one_unchanged",
+    ),
+    Mutation(
         "several devices: negatives are not gathered",
         TRAINER,
         'if "other_positives" in inputs:',
@@ -154,7 +175,7 @@ MUTATIONS = [
     Mutation(
         "examples: the head reads the whole prompt",
         EXAMPLES,
-        '-min(item["num_read"], length) :] = True',
+        '-min(prompt["num_read"], length) :] = True',
         "-length:] = True",
         "trainer::test_the_head_is_to_read_the_end_of_each_prompt",
     ),

@@ -11,15 +11,16 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY, write_beir_folder
 
-# An even number of queries; last batches that fill one device in part, and both in part. Weights: alignment, contrastive,
-# rank.
+# An even number of queries; last batches that fill one device in part, and both in part; changed conversations on one
+# device alone. Weights: alignment, contrastive, rank, consistency.
 CASES = {
-    "all losses": (8, (2, 1, 1)),
-    "all losses, last batch of 3": (11, (2, 1, 1)),
-    "contrastive, last batch of 1": (9, (0, 1, 0)),
-    "alignment, last batch of 2": (10, (1, 0, 0)),
-    "rank": (12, (0, 0, 1)),
-    "all losses, one update of batches of 8 and 3": (11, (1, 1, 1), 2),
+    "all losses": (8, (2, 1, 1, 2)),
+    "three losses, last batch of 3": (11, (2, 1, 1, 0)),
+    "all losses, last batch of 3": (11, (2, 1, 1, 2)),
+    "contrastive, last batch of 1": (9, (0, 1, 0, 0)),
+    "alignment, last batch of 2": (10, (1, 0, 0, 0)),
+    "rank": (12, (0, 0, 1, 0)),
+    "three losses, one update of batches of 8 and 3": (11, (1, 1, 1, 0), 2),
 }
 
 

@@ -1,5 +1,6 @@
 """The projection head, the copy path and the teacher's tokens that it reads, and novelty."""
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +147,7 @@ def test_the_copy_path_tells_turns_apart_from_the_newest(tiny_model: NativeRetri
     with torch.no_grad():
         # Behind its words stand the two special tokens that end it and begin the assistant's.
         tiny_model.copy_path.segment_bias.weight[2] = 5.0
+        tiny_model.copy_path.gain[tiny_model.copy_path.num_heads :] = 0.0  # which are for the turns before
         tiny_model.copy_path.novelty.turn_gate.bias.fill_(-10.0)  # which would turn away from some
     question = user("Who owned it?")
     for history in ([], CONVERSATIONS[1], [*CONVERSATIONS[1][1:], assistant("It is old."), *CONVERSATIONS[0]]):
@@ -173,6 +175,24 @@ def related(path: CopyPath, ids, places, mask, segments) -> torch.Tensor:
     return found
 
 
+def antecedents_of(path: CopyPath, normed, bias, mask, segments) -> torch.Tensor:
+    """By the definition, word by word of the question: `(batch, words, heads)`."""
+    module = path.antecedents
+    found = torch.zeros(bias.shape)
+    for row, head in itertools.product(range(len(bias)), range(path.num_heads)):
+        numbers = segments[row].masked_fill(~mask[row], 0)
+        last = numbers[numbers > 0].min()
+        earlier = numbers > last
+        asking = (numbers == last).nonzero().flatten()[-module.NUM_WORDS :]
+        shares = module.share(normed[row, asking])[:, head].softmax(0)
+        for share, word in zip(shares, asking, strict=True):
+            query = module.query(normed[row, word]).view(path.num_heads, -1)[head]
+            scores = normed[row, earlier] @ (query @ module.key[head]) / len(query) ** 0.5 + bias[row, earlier, head]
+            scores = torch.cat((scores, path.BIAS_SCALE * module.nothing[head : head + 1]))
+            found[row, earlier, head] += share * scores.softmax(0)[:-1]
+    return found
+
+
 def test_the_copy_path_is_attention_over_normed_states(tiny_model: NativeRetrievalModel):
     """It forms neither norms nor keys nor values for each token, and gives what it would give if it did."""
     model = tiny_model
@@ -184,6 +204,8 @@ def test_the_copy_path_is_attention_over_normed_states(tiny_model: NativeRetriev
     with torch.no_grad():
         path.novelty.turn_gate.bias.fill_(-10.0)
         torch.nn.init.normal_(path.state_value.weight)
+        torch.nn.init.normal_(path.antecedent_value.weight)
+        path.antecedents.nothing.fill_(-0.1)
         path.topic_threshold.uniform_(0.8, 1.0)
         path.topic_slope.uniform_(0.1, 0.5)
         seen, weights = path(vectors, summary, states, *words)
@@ -193,12 +215,15 @@ def test_the_copy_path_is_attention_over_normed_states(tiny_model: NativeRetriev
         queries = path.query(summary).view(len(ids), path.num_heads, -1)
         keys = torch.einsum("bth,ndh->btnd", normed, path.key)
         scores = torch.einsum("bnd,btnd->btn", queries, keys) / path.key.shape[1] ** 0.5
-        scores += path.BIAS_SCALE * (path.token_salience(ids) + path.segment_bias(segments))
-        scores -= path.BIAS_SCALE * path.topic_slope * F.relu(path.topic_threshold - related(path, *words)[..., None])
-        wanted = scores.masked_fill(~mask[..., None], -torch.inf).softmax(1)
+        bias = path.BIAS_SCALE * (path.token_salience(ids) + path.segment_bias(segments))
+        bias -= path.BIAS_SCALE * path.topic_slope * F.relu(path.topic_threshold - related(path, *words)[..., None])
+        wanted = (scores + bias).masked_fill(~mask[..., None], -torch.inf).softmax(1)
+        antecedents = antecedents_of(path, normed, bias, mask, segments)
+        for found, value in ((wanted, path.state_value), (antecedents, path.antecedent_value)):
+            vectors += value(torch.einsum("btn,bth->bnh", found, normed).flatten(1))
+        wanted = torch.cat((wanted, antecedents), dim=-1)
         values = path.gain[:, None] * path.token_values(ids)[:, :, None]
-        mixed = torch.einsum("btn,bth->bnh", wanted, normed)
-        vectors += torch.einsum("btn,btnd->bd", wanted, values) + path.state_value(mixed.flatten(1))
+        vectors += torch.einsum("btn,btnd->bd", wanted, values)
     assert_close(seen, vectors)
     assert_close(longer, vectors)
     assert_close(weights.gather(1, places) * mask, (wanted * path.gain).sum(-1))
@@ -224,6 +249,21 @@ def test_words_of_another_topic_are_left(tiny_model: NativeRetrievalModel):
             shares.append(weights[: -len(short)].sum().item() / weights.sum().item())
     assert shares[0] > 0.3
     assert shares[1] < 0.05
+
+
+@pytest.mark.parametrize("tail", [[], [assistant("Let me look."), {"role": "tool", "content": "Nothing."}]])
+def test_antecedents_stand_in_turns_before_the_question(tiny_model: NativeRetrievalModel, tail: list):
+    path = tiny_model.copy_path
+    with torch.no_grad():
+        path.gain[: path.num_heads] = 0.0
+        path.novelty.turn_gate.bias.fill_(-10.0)
+    messages = CONVERSATIONS[1]
+    history, whole, single = prompts_of(tiny_model, [messages[:-1], messages + tail, CONVERSATIONS[0]])
+    weights = tiny_model(*tiny_model.pad([whole])).attributions[0]
+    end = len(history) + 2  # with its end's token, and a line end
+    assert 0 < weights[:end].sum() <= 0.5 + 1e-5
+    assert not weights[end:].any()
+    assert not tiny_model(*tiny_model.pad([single])).attributions.any()
 
 
 TAILS = [

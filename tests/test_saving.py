@@ -152,7 +152,8 @@ def test_large_maps_have_the_backbones_precision_and_vectors_agree(
     model.save_pretrained(tmp_path)
     loaded = NativeRetrievalModel.from_pretrained(tmp_path, **arguments)
     wanted = torch.bfloat16 if arguments["dtype"] == "auto" else arguments["dtype"]
-    summed = tuple(f"copy_path.{name}" for name in ("key", "segment_bias", "topic_", "token_", "gain", "novelty"))
+    summed = ("key", "antecedents.key", "antecedents.nothing", "segment_bias", "topic_", "token_", "gain", "novelty")
+    summed = tuple(f"copy_path.{name}" for name in summed)
     for name, parameter in loaded.named_parameters():
         assert parameter.dtype == (torch.float32 if name.startswith(summed) else wanted), name
     # In another precision a backbone may write another query.

@@ -13,12 +13,13 @@ from datasets import Dataset
 from fuzz import check_recipe, recipes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import ConcatDataset
 from transformers import AutoModel
 
 import train
 from configuration_native_retrieval import NativeRetrievalConfig
 from native_retrieval.data import load_task
-from native_retrieval.examples import build_examples, build_texts, collate, turned_away
+from native_retrieval.examples import PROMPT_KEYS, build_examples, build_texts, collate, turned_away
 from native_retrieval.losses import alignment_loss, contrastive_loss
 from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
 
@@ -299,6 +300,40 @@ def test_what_the_model_sees_may_differ_and_the_targets_do_not(tiny_model, examp
     plain, varied = examples(), examples(seen=seen)
     assert varied.sequences == [tiny_model.build_prompt(messages) for messages in seen] != plain.sequences
     assert np.array_equal(varied.targets, plain.targets) and varied.positives == plain.positives
+
+
+def test_a_changed_conversation_is_drawn_to_the_same_one_unchanged(make_model, stub_teacher, beir_folder, tmp_path):
+    model = make_model(head_dropout=0.5)
+    task = load_task(beir_folder, "train")
+
+    def build(rows, **more):
+        queries = task.queries.select(rows)
+        return build_examples(model, stub_teacher, queries, task.corpus, "context", cache_dir=str(tmp_path), **more)
+
+    seen = [[{"role": "system", "content": "Be brief."}, *task.queries[row]["messages"]] for row in (2, 0)]
+    plain = build(range(4))
+    changed = build([2, 0], seen=seen, unchanged=plain)
+    args = arguments(tmp_path, consistency_weight=2.0, eval_strategy="no", load_best_model_at_end=False)
+    trainer = NativeRetrievalTrainer(model, args, ConcatDataset([plain, changed]))
+    batch = collate([changed[0], plain[3], changed[1]])
+    assert batch["changed"].tolist() == [True, False, True]
+
+    vectors = torch.nn.functional.normalize(torch.randn(3, model.config.embedding_dim), dim=-1).requires_grad_()
+    with torch.no_grad():
+        wanted = model.eval()(**{k: v for k, v in collate([plain[2], plain[0]]).items() if k in PROMPT_KEYS})
+    model.train()
+    loss = trainer._consistency(model, vectors, batch)
+    assert model.training
+    distances = 1 - (vectors[[0, 2]] * wanted.query_embeddings).sum(1)
+    assert loss.item() == pytest.approx(distances.sum().item() / 3, abs=1e-5)
+    loss.backward()
+    assert vectors.grad[0].any() and not vectors.grad[1].any()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    trainer.compute_loss(model, batch)
+    assert "consistency_loss" in trainer._parts
+    unmixed = collate([plain[0], plain[1]])
+    assert trainer._consistency(model, vectors[:2], unmixed).item() == 0
 
 
 def test_a_question_without_a_rewrite_takes_its_documents_title(tiny_model, stub_teacher, tmp_path):
