@@ -436,7 +436,8 @@ class Antecedents(nn.Module):
         last = segments.masked_fill(~mask, CopyPath.NUM_SEGMENTS).amin(1, keepdim=True)
         earlier = mask & (segments > last)
         asking = (mask & (segments == last)) * torch.arange(1, num_words + 1, device=places.device)
-        asking, order = asking.topk(min(self.NUM_WORDS, num_words), dim=1)
+        longest = int((asking > 0).sum(1).amax())
+        asking, order = asking.topk(min(max(longest, 1), self.NUM_WORDS), dim=1)
         at, rows = places.gather(1, order), torch.arange(batch, device=places.device)[:, None]
         question = (states[rows, at] * scale[rows, at][..., None]).to(self.query.weight.dtype)
 

@@ -144,6 +144,13 @@ class DataArguments:
             "help": "Targets are turned away from earlier answers that are nearer to them than this cosine (1: never)."
         },
     )
+    query_novelty_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "The same cosine of the query's own vector to earlier turns, once trained (default: the best of a few on "
+            "dev). A higher one finds more, a lower one puts what it finds nearer to the top."
+        },
+    )
     rank_top_k: int = field(default=128, metadata={"help": "Documents of the teacher's ranking to distil."})
     num_hard_negatives: int = field(default=0, metadata={"help": "Hard negatives a query, from that ranking."})
     max_train_queries: int | None = field(default=None, metadata={"help": "First queries of each data set only."})
@@ -161,6 +168,8 @@ class DataArguments:
         for name in ("variety", "other_topics_share", "gold_share", "rewrite_gold_share", "novelty_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in 0 to 1")
+        if self.query_novelty_threshold is not None and not -1 <= self.query_novelty_threshold <= 1:
+            raise ValueError(f"query_novelty_threshold={self.query_novelty_threshold} must be a cosine, -1 to 1")
         if self.train_weights and (len(self.train_weights) != len(self.train_data) or min(self.train_weights) <= 0):
             raise ValueError(
                 f"train_weights {self.train_weights} must be one number above 0 for each of the {len(self.train_data)} "
@@ -735,8 +744,12 @@ def run(argv: list[str], held: ExitStack) -> None:
         processing_class=model.tokenizer,
     )
     trainer.train(resume_from_checkpoint=resume)
+    if data_args.query_novelty_threshold is not None and model.copy_path is not None:
+        model.copy_path.novelty.threshold.data.fill_(data_args.query_novelty_threshold)
     if trainer.eval_dataset is not None:
-        if training_args.load_best_model_at_end and model.copy_path is not None and not trainer.is_fsdp_enabled:
+        chosen = data_args.query_novelty_threshold is None
+        chosen &= training_args.load_best_model_at_end and model.copy_path is not None
+        if chosen and not trainer.is_fsdp_enabled:
             print(f"Novelty: away from turns over a cosine of {choose_novelty_threshold(trainer):.2f}", flush=True)
         trainer.log_metrics("dev", trainer.evaluate())
 

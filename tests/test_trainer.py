@@ -547,6 +547,7 @@ def test_the_probe_is_trained_in_a_stage_of_its_own(stub_training, backbone_dir,
         (["--train_data", "d", "--train_weights", "1", "2"], "one number above 0 for each of the 1 entries"),
         (["--train_data", "d", "--train_weights", "1.5"], "above 1 give whole numbers"),
         (["--novelty_threshold", "2"], "must lie in 0 to 1"),
+        (["--query_novelty_threshold", "2"], "must be a cosine"),
     ],
 )
 def test_bad_arguments_are_one_line(argv, said):
@@ -588,6 +589,14 @@ def test_data_sets_are_seen_as_often_as_their_weights_say(stub_training, backbon
     once = seen["1", "0"]
     assert seen["0.5", "0"] == round(0.5 * once) and seen["3", "0"] == 3 * once > 0
     assert seen["3", "1"] == 6 * once, "every conversation as often behind others"
+
+
+def test_the_novelty_threshold_may_be_given(stub_training, backbone_dir, beir_folder, tmp_path, capfd):
+    more = ("--query_novelty_threshold", "0.3", "--max_steps", "1", "--word_epochs", "0")
+    train.main(words(backbone_dir, beir_folder, tmp_path, *more))
+    assert "Novelty: away" not in capfd.readouterr().out
+    model = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert model.copy_path.novelty.threshold.item() == pytest.approx(0.3)
 
 
 def test_a_seed_draws_the_head_as_well_as_the_order(stub_training, backbone_dir, beir_folder, tmp_path):
