@@ -47,7 +47,7 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
         default=0.0,
         metadata={
             "help": "Weight of the cosine distance that what stands around a conversation moves its vector by: more is found "
-            "behind other topics, and ranked a little lower. 2 is a good one."
+            "behind other topics, and ranked a little lower. 1 is a good one."
         },
     )
     contrastive_temperature: float = field(default=0.05, metadata={"help": "Temperature of InfoNCE."})
