@@ -418,7 +418,6 @@ ROWS = [
     run("benchmarks/load.py", "--model model --queries nowhere.jsonl --output out.json", "nowhere.jsonl", "no such file", "name a queries.jsonl"),
     run("benchmarks/load.py", "--model model --queries bad.jsonl --output out.json", "bad.jsonl:1: messages is missing", files={"bad.jsonl": '{"_id": "q1"}'}),
     run("benchmarks/robustness.py", "--model model --data data --method native --output out.json", "'native'", "'native-context'"),
-    run("benchmarks/robustness.py", "--model model --data data --draws 0 --output out.json", "--draws 0", "at least 1"),
     run("benchmarks/throughput.py", "--model model --data nowhere --output out.json", "nowhere", "no such folder"),
     run("benchmarks/training.py", "--backbone nowhere --teacher teacher --data data --output out.json", "backbone 'nowhere'", "cannot be loaded"),
     run("benchmarks/turn.py", "--model model --index nowhere --output out.json", "nowhere has no index.json", "pass a directory"),

@@ -378,7 +378,7 @@ def test_a_tools_result_in_a_users_turn_is_no_question(tiny_model: NativeRetriev
         (ids[0], tiny_model._segments(ids, torch.isin(ids, special), torch.ones_like(ids).bool())[0])
         for ids in (before, after)
     )
-    question = len(before[0]) - 4  # behind it stand the end of its turn and the beginning of the assistant's
+    question = len(before[0]) - 6  # behind its turn stand a line end and the beginning of the assistant's
     assert torch.equal(before[0][:question], after[0][:question])
     assert torch.equal(before[1][:question], after[1][:question]) and before[1][question - 1] > 0
 
