@@ -744,13 +744,13 @@ def run(argv: list[str], held: ExitStack) -> None:
         processing_class=model.tokenizer,
     )
     trainer.train(resume_from_checkpoint=resume)
-    if data_args.query_novelty_threshold is not None and model.copy_path is not None:
-        model.copy_path.novelty.threshold.data.fill_(data_args.query_novelty_threshold)
-    if trainer.eval_dataset is not None:
-        chosen = data_args.query_novelty_threshold is None
-        chosen &= training_args.load_best_model_at_end and model.copy_path is not None
-        if chosen and not trainer.is_fsdp_enabled:
+    if model.copy_path is not None:
+        best = trainer.eval_dataset is not None and training_args.load_best_model_at_end
+        if data_args.query_novelty_threshold is not None:
+            model.copy_path.novelty.threshold.data.fill_(data_args.query_novelty_threshold)
+        elif best and not trainer.is_fsdp_enabled:
             print(f"Novelty: away from turns over a cosine of {choose_novelty_threshold(trainer):.2f}", flush=True)
+    if trainer.eval_dataset is not None:
         trainer.log_metrics("dev", trainer.evaluate())
 
     if probe_parts:
