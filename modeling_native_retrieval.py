@@ -486,7 +486,8 @@ class CopyPath(nn.Module):
         self.antecedents = Antecedents(config)
         self.gain = nn.Parameter(torch.empty(2 * heads))
         self.state_value = ZeroLinear(heads * text.hidden_size, config.embedding_dim, bias=False)
-        self.antecedent_value = ZeroLinear(heads * text.hidden_size, config.embedding_dim, bias=False)
+        self.antecedent_value = nn.Parameter(torch.empty(heads, text.hidden_size, width))
+        self.antecedent_output = ZeroLinear(heads * width, config.embedding_dim, bias=False)
         self.novelty = Novelty(config)
         self.dropout = nn.Dropout(config.head_dropout)
 
@@ -561,7 +562,8 @@ class CopyPath(nn.Module):
         ).view(batch, count, -1)
         vectors = vectors + self._sum_of_values(input_ids, copied)
         vectors = vectors + self.state_value(mixed[:, : self.num_heads].flatten(1))
-        vectors = vectors + self.antecedent_value(mixed[:, self.num_heads :].flatten(1))
+        values = torch.einsum("bnh,nhd->bnd", mixed[:, self.num_heads :], self.antecedent_value)
+        vectors = vectors + self.antecedent_output(values.flatten(1))
 
         vectors, away = self.novelty(vectors, summary, turn_words, turn_states)
         return vectors, (self.gain @ weights).scatter_add(1, places, -away.gather(1, turns) * shares)
@@ -886,6 +888,7 @@ class NativeRetrievalModel(PreTrainedModel):
             init.zeros_(module.weight)
         elif isinstance(module, CopyPath):
             init.normal_(module.key, std=0.02)
+            init.normal_(module.antecedent_value, std=module.antecedent_value.shape[1] ** -0.5)
             gains = torch.tensor([1.0, 0.5]) / module.num_heads  # antecedents have the words beside them
             init.copy_(module.gain, gains.repeat_interleave(module.num_heads))
             init.zeros_(module.segment_bias.weight)

@@ -204,7 +204,7 @@ def test_the_copy_path_is_attention_over_normed_states(tiny_model: NativeRetriev
     with torch.no_grad():
         path.novelty.turn_gate.bias.fill_(-10.0)
         torch.nn.init.normal_(path.state_value.weight)
-        torch.nn.init.normal_(path.antecedent_value.weight)
+        torch.nn.init.normal_(path.antecedent_output.weight)
         path.antecedents.nothing.fill_(-0.1)
         path.topic_threshold.uniform_(0.8, 1.0)
         path.topic_slope.uniform_(0.1, 0.5)
@@ -219,8 +219,9 @@ def test_the_copy_path_is_attention_over_normed_states(tiny_model: NativeRetriev
         bias -= path.BIAS_SCALE * path.topic_slope * F.relu(path.topic_threshold - related(path, *words)[..., None])
         wanted = (scores + bias).masked_fill(~mask[..., None], -torch.inf).softmax(1)
         antecedents = antecedents_of(path, normed, bias, mask, segments)
-        for found, value in ((wanted, path.state_value), (antecedents, path.antecedent_value)):
-            vectors += value(torch.einsum("btn,bth->bnh", found, normed).flatten(1))
+        vectors += path.state_value(torch.einsum("btn,bth->bnh", wanted, normed).flatten(1))
+        values = torch.einsum("bth,nhd->btnd", normed, path.antecedent_value)
+        vectors += path.antecedent_output(torch.einsum("btn,btnd->bnd", antecedents, values).flatten(1))
         wanted = torch.cat((wanted, antecedents), dim=-1)
         values = path.gain[:, None] * path.token_values(ids)[:, :, None]
         vectors += torch.einsum("btn,btnd->bd", wanted, values)
