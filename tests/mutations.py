@@ -362,6 +362,13 @@ MUTATIONS = [
         "head::test_the_copy_path_is_attention_over_normed_states",
     ),
     Mutation(
+        "antecedents: what the other heads have found is theirs",
+        MODEL,
+        "mixed[:, self.num_heads :], self",
+        "mixed[:, : self.num_heads], self",
+        "head::test_the_copy_path_is_attention_over_normed_states",
+    ),
+    Mutation(
         "copy path: what an agent does is part of the topic",
         MODEL,
         "words[:, -1] = 0",

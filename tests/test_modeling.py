@@ -155,7 +155,10 @@ def test_gradients_reach_the_head_and_nothing_else(model: NativeRetrievalModel):
     rows = prompts_of(model)
     ids, mask = pad(rows, 0, "left"), pad([[1] * len(row) for row in rows], 0, "left")
     model.train()
+    output = model.copy_path.antecedent_output.weight  # starts at zero, and hides the values before it
+    torch.nn.init.normal_(output)
     (model(ids, mask).query_embeddings * torch.linspace(-1, 1, 32)).sum().backward()
+    torch.nn.init.zeros_(output)
     model.eval()
     backbone = {id(p) for p in model.backbone.parameters()}
     for name, parameter in model.named_parameters():
