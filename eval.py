@@ -60,7 +60,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from native_retrieval.cli import Parser, check_writable, nearest
-from native_retrieval.pipelines import METHODS, Comparison
+from native_retrieval.methods import METHODS, Comparison
 
 # What takes seconds to import is imported where it is used, so that --help and a mistyped flag answer at once.
 if TYPE_CHECKING:

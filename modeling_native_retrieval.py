@@ -270,7 +270,7 @@ def _read_in(tokenizer, tokens: list[bytes]) -> tuple[list[int], torch.Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class ZeroLinear(nn.Linear):
+class ZeroInitLinear(nn.Linear):
     """
     A linear layer that starts at zero, so that training begins from what stands beside it.
 
@@ -313,9 +313,9 @@ class ProjectionHead(nn.Module):
             for _ in range(config.head_num_layers)
         )
         self.norm_out = nn.LayerNorm(config.head_dim)
-        linear_out = ZeroLinear if starts_at_zero else nn.Linear
+        linear_out = ZeroInitLinear if starts_at_zero else nn.Linear
         self.linear_out = linear_out(config.head_dim, config.embedding_dim)
-        self.skip = ZeroLinear(2 * num_layers * hidden_size, config.embedding_dim) if config.head_skip else None
+        self.skip = ZeroInitLinear(2 * num_layers * hidden_size, config.embedding_dim) if config.head_skip else None
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -348,7 +348,7 @@ def _mean_and_newest(states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Te
     return mean, states[torch.arange(len(states), device=states.device), newest]
 
 
-class Novelty(nn.Module):
+class HistoryRepulsion(nn.Module):
     """
     An agent searches for what has not been said yet, and what has been said is often a document of the same index: near
     the question, and no answer to it. This turns a query vector away from earlier turns, as far as it lies nearer to them
@@ -363,8 +363,8 @@ class Novelty(nn.Module):
 
     def __init__(self, config: NativeRetrievalConfig):
         super().__init__()
-        self.turn_gate = ZeroLinear(config.text_config.get_text_config().hidden_size, 1)
-        self.question_gate = ZeroLinear(2 * config.head_dim, 1, bias=False)
+        self.turn_gate = ZeroInitLinear(config.text_config.get_text_config().hidden_size, 1)
+        self.question_gate = ZeroInitLinear(2 * config.head_dim, 1, bias=False)
         self.threshold = nn.Parameter(torch.empty(1))  # FSDP2 takes no scalars
         self.log_ridge = nn.Parameter(torch.empty(1))
 
@@ -485,10 +485,10 @@ class CopyPath(nn.Module):
         self.token_salience = nn.Embedding(vocab_size, 1)
         self.antecedents = Antecedents(config)
         self.gain = nn.Parameter(torch.empty(2 * heads))
-        self.state_value = ZeroLinear(heads * text.hidden_size, config.embedding_dim, bias=False)
+        self.state_value = ZeroInitLinear(heads * text.hidden_size, config.embedding_dim, bias=False)
         self.antecedent_value = nn.Parameter(torch.empty(heads, text.hidden_size, width))
-        self.antecedent_output = ZeroLinear(heads * width, config.embedding_dim, bias=False)
-        self.novelty = Novelty(config)
+        self.antecedent_output = ZeroInitLinear(heads * width, config.embedding_dim, bias=False)
+        self.novelty = HistoryRepulsion(config)
         self.dropout = nn.Dropout(config.head_dropout)
 
     def forward(
@@ -623,8 +623,8 @@ class Probe(nn.Module):
             self.up[name] = nn.Parameter(torch.empty(width_out, config.adapter_rank))
         self.norm = nn.LayerNorm(text.hidden_size, elementwise_affine=False)
         self.linear_in = nn.Linear(2 * len(config.hidden_state_layers) * text.hidden_size, config.head_dim)
-        self.linear_out = ZeroLinear(config.head_dim, config.embedding_dim)
-        self.summary = ZeroLinear(config.head_dim, 2 * config.head_dim)
+        self.linear_out = ZeroInitLinear(config.head_dim, config.embedding_dim)
+        self.summary = ZeroInitLinear(config.head_dim, 2 * config.head_dim)
 
     def read(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -884,7 +884,7 @@ class NativeRetrievalModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # Module by module: transformers passes over a custom module that has no parameters of its own.
-        if isinstance(module, ZeroLinear):
+        if isinstance(module, ZeroInitLinear):
             init.zeros_(module.weight)
         elif isinstance(module, CopyPath):
             init.normal_(module.key, std=0.02)
@@ -898,7 +898,7 @@ class NativeRetrievalModel(PreTrainedModel):
         elif isinstance(module, Antecedents):
             init.normal_(module.key, std=0.02)
             init.zeros_(module.nothing)
-        elif isinstance(module, Novelty):
+        elif isinstance(module, HistoryRepulsion):
             init.zeros_(module.turn_gate.bias)  # half open
             init.constant_(module.threshold, 0.45)
             init.constant_(module.log_ridge, -1.0)

@@ -85,8 +85,8 @@ class DataArguments:
     train_weights: list[float] = field(
         default_factory=list,
         metadata={
-            "help": "How often each of train_data is seen in an epoch, in whole numbers (default: once); what variety and "
-            "other_topics_share add is drawn anew each time. Below 1, that share of its queries, the first: the turns of a "
+            "help": "How often each of train_data is seen in an epoch, in whole numbers (default: once); what augmentation_share and "
+            "topic_shift_share add is drawn anew each time. Below 1, that share of its queries, the first: the turns of a "
             "conversation stand together, and cost one pass."
         },
     )
@@ -107,22 +107,22 @@ class DataArguments:
             "help": "User turns and rewrites of train_data are plain texts too: questions, as the head will meet."
         },
     )
-    word_epochs: int = field(
+    lexical_epochs: int = field(
         default=5, metadata={"help": "Stage a: passes over the plain texts that train the copy path's words (0: none)."}
     )
-    word_learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of stage a."})
-    word_batch_size: int = field(default=512, metadata={"help": "Texts a step and device in stage a."})
+    lexical_learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of stage a."})
+    lexical_batch_size: int = field(default=512, metadata={"help": "Texts a step and device in stage a."})
     plain_text_share: float = field(
         default=0.25, metadata={"help": "Stage b: plain texts among the conversations, as a share of these."}
     )
-    variety: float = field(
+    augmentation_share: float = field(
         default=0.2,
         metadata={
             "help": "Share of the training queries that are also seen with typos and with what agents put around a "
             "conversation: system prompts, tools, half turns."
         },
     )
-    other_topics_share: float = field(
+    topic_shift_share: float = field(
         default=0.5,
         metadata={
             "help": "Share of the conversations that are also seen behind 1 to 20 turns of others, so that the head learns to "
@@ -138,13 +138,13 @@ class DataArguments:
         default=0.5, metadata={"help": "How far the target of a query without a rewrite moves to its document, 0 to 1."}
     )
     rewrite_gold_share: float = field(default=0.2, metadata={"help": "The same of a query with a rewrite."})
-    novelty_threshold: float = field(
+    target_repulsion_threshold: float = field(
         default=0.45,
         metadata={
             "help": "Targets are turned away from earlier answers that are nearer to them than this cosine (1: never)."
         },
     )
-    query_novelty_threshold: float | None = field(
+    query_repulsion_threshold: float | None = field(
         default=None,
         metadata={
             "help": "The same cosine of the query's own vector to earlier turns, once trained (default: the best of a few on "
@@ -155,21 +155,27 @@ class DataArguments:
     num_hard_negatives: int = field(default=0, metadata={"help": "Hard negatives a query, from that ranking."})
     max_train_queries: int | None = field(default=None, metadata={"help": "First queries of each data set only."})
     online_features: bool = field(default=False, metadata={"help": "Run the backbone in every step; no cache on disk."})
-    licence: str = field(
+    license: str = field(
         default="apache-2.0",
         metadata={"help": "The model's, for its card; a stored backbone's terms hold for the whole."},
     )
-    data_licence: str | None = field(
+    data_license: str | None = field(
         default=None, metadata={"help": "What the model card says of the training data's licences."}
     )
     cache_dir: str = field(default=".cache/native_retrieval", metadata={"help": "Where costly things are kept."})
 
     def __post_init__(self) -> None:
-        for name in ("variety", "other_topics_share", "gold_share", "rewrite_gold_share", "novelty_threshold"):
+        for name in (
+            "augmentation_share",
+            "topic_shift_share",
+            "gold_share",
+            "rewrite_gold_share",
+            "target_repulsion_threshold",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in 0 to 1")
-        if self.query_novelty_threshold is not None and not -1 <= self.query_novelty_threshold <= 1:
-            raise ValueError(f"query_novelty_threshold={self.query_novelty_threshold} must be a cosine, -1 to 1")
+        if self.query_repulsion_threshold is not None and not -1 <= self.query_repulsion_threshold <= 1:
+            raise ValueError(f"query_repulsion_threshold={self.query_repulsion_threshold} must be a cosine, -1 to 1")
         if self.train_weights and (len(self.train_weights) != len(self.train_data) or min(self.train_weights) <= 0):
             raise ValueError(
                 f"train_weights {self.train_weights} must be one number above 0 for each of the {len(self.train_data)} "
@@ -272,7 +278,7 @@ def _known(name: str, fields: set[str], where: str) -> None:
         raise ValueError(f"{where}: unknown field {name!r}{hint}")
 
 
-def parted(entry: str) -> tuple[str, str]:
+def split_source(entry: str) -> tuple[str, str]:
     """`NAME:SPLIT` to its two parts; of `NAME`, the second is empty."""
     # A drive letter is no name, and a Hub id has no colon.
     source, _, split = entry.rpartition(":") if ":" in entry[2:] else (entry, "", "")
@@ -283,7 +289,7 @@ def load_queries_of(entry: str, default_split: str):
     """`NAME` or `NAME:SPLIT` to (name, queries, corpus or None)."""
     from native_retrieval.data import load_queries, load_task, splits
 
-    source, split = parted(entry)
+    source, split = split_source(entry)
     split = split or (default_split if default_split in splits(source) else "")
     name = Path(source).name
     if not split:
@@ -292,7 +298,7 @@ def load_queries_of(entry: str, default_split: str):
     return name, task.queries, task.corpus
 
 
-def evenly(items: Sequence, count: int) -> list:
+def subsample(items: Sequence, count: int) -> list:
     """`count` of the items at most, evenly spaced."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
@@ -317,7 +323,7 @@ def load_data(data_args: DataArguments):
         )
     # Some collections are cut from the same conversations, and a test set of one may stand in the training set of another.
     held_out = [queries for _, queries, _ in dev]
-    entries = list(map(parted, [*data_args.train_data, *data_args.dev_data]))
+    entries = list(map(split_source, [*data_args.train_data, *data_args.dev_data]))
     for source in dict.fromkeys(source for source, _ in entries):
         if "test" in splits(source) and (source, "test") not in entries:  # who names it trains on it
             held_out.append(load_queries(source, "test"))
@@ -346,7 +352,7 @@ def load_data(data_args: DataArguments):
     texts = concatenate_datasets(
         [load_texts(source) for source in data_args.plain_text] or [Dataset.from_dict({"text": []})]
     )
-    return train, dev, texts.select(evenly(range(len(texts)), data_args.num_plain_texts))["text"][:]
+    return train, dev, texts.select(subsample(range(len(texts)), data_args.num_plain_texts))["text"][:]
 
 
 def written(entry: str, data_args: DataArguments) -> bool:
@@ -363,7 +369,7 @@ def questions_of(train) -> list[str]:
     return sorted(text for text in questions if num_words(text) > 3)
 
 
-def that_fit(texts: list[str], build_prompt) -> list[str]:
+def fits_context(texts: list[str], build_prompt) -> list[str]:
     """Those of the texts whose prompt is not longer than the model takes."""
 
     def fits(text: str) -> bool:
@@ -379,10 +385,10 @@ def varied(queries, share: float, corpus, build_prompt, draw: int = 0):
     """A share of the queries, and their conversations as they may look in an agent, where the prompt has room for that."""
     import random
 
-    from native_retrieval.variety import vary
+    from native_retrieval.augmentation import vary
 
     rng = random.Random(draw)
-    rows = evenly(list(range(len(queries))), round(share * len(queries)))
+    rows = subsample(list(range(len(queries))), round(share * len(queries)))
     some = queries.select([(row + draw) % len(queries) for row in rows])
     passages = corpus["text"][:1000] if corpus is not None else []
     conversations = []
@@ -395,7 +401,7 @@ def varied(queries, share: float, corpus, build_prompt, draw: int = 0):
     return some, conversations
 
 
-def behind_other_topics(queries, share: float, draw: int = 0):
+def with_topic_shifts(queries, share: float, draw: int = 0):
     """
     The queries of a share of the conversations, and what each of them looks like behind turns of others, which `draw` tells.
 
@@ -403,12 +409,12 @@ def behind_other_topics(queries, share: float, draw: int = 0):
     """
     import random
 
-    from native_retrieval.variety import behind_others
+    from native_retrieval.augmentation import behind_others
 
     names = sorted(set(queries["conv"]))
-    chosen = set(evenly(names, round(share * len(names))))
+    chosen = set(subsample(names, round(share * len(names))))
     some = queries.select([i for i, name in enumerate(queries["conv"]) if name in chosen])
-    everyone = evenly(list(zip(queries["conv"], queries["messages"], strict=True)), 1000)
+    everyone = subsample(list(zip(queries["conv"], queries["messages"], strict=True)), 1000)
     others = {name: [messages for other, messages in everyone if other != name] for name in chosen}
     return some, [
         behind_others(messages, others[name], random.Random(f"{draw} {name}"))
@@ -583,7 +589,7 @@ def run(argv: list[str], held: ExitStack) -> None:
     from transformers.utils import logging
 
     from configuration_native_retrieval import QUERY_MODES
-    from native_retrieval.examples import build_examples, build_texts
+    from native_retrieval.dataset import build_examples, build_texts
     from native_retrieval.teacher import Teacher
     from native_retrieval.trainer import NativeRetrievalTrainer
 
@@ -632,7 +638,7 @@ def run(argv: list[str], held: ExitStack) -> None:
             online_features=data_args.online_features,
             gold_share=data_args.gold_share,
             rewrite_gold_share=data_args.rewrite_gold_share,
-            novelty_threshold=data_args.novelty_threshold,
+            target_repulsion_threshold=data_args.target_repulsion_threshold,
             rank_top_k=data_args.rank_top_k,
             num_hard_negatives=data_args.num_hard_negatives,
             id_offset=offset,
@@ -662,13 +668,13 @@ def run(argv: list[str], held: ExitStack) -> None:
         # What counts twice is varied twice, each time otherwise.
         for draw in range(max(1, round(weight)) if "context" in parts else 0):
             for what, (some, seen) in {
-                "varied": varied(queries, data_args.variety, corpus, model.build_prompt, draw),
-                "behind others": behind_other_topics(queries, data_args.other_topics_share, draw),
+                "varied": varied(queries, data_args.augmentation_share, corpus, model.build_prompt, draw),
+                "behind others": with_topic_shifts(queries, data_args.topic_shift_share, draw),
             }.items():
                 if len(some):
                     train_parts.append(examples(f"{name}, {what}", some, corpus, "context", seen, unchanged))
         if "probe" in data_args.query_modes:
-            some = evenly(list(range(len(queries))), data_args.max_probe_queries or len(queries))
+            some = subsample(list(range(len(queries))), data_args.max_probe_queries or len(queries))
             probe_parts.append(examples(name, queries.select(some), corpus, "probe"))
         # The modes share a corpus, and so its ids; the next data set's begin after it.
         offset += (len(corpus) if corpus is not None else 0) + len(queries)
@@ -676,15 +682,15 @@ def run(argv: list[str], held: ExitStack) -> None:
     # Single questions and sentences among the conversations: a vector may not drift off a text that stands alone.
     wanted = round(data_args.plain_text_share * sum(map(len, train_parts)))
     for name, some in (("plain text", texts), ("questions", questions)):
-        some = evenly(some, wanted * len(some) // max(1, len(texts) + len(questions)))
-        some = that_fit(some, model.build_prompt)
+        some = subsample(some, wanted * len(some) // max(1, len(texts) + len(questions)))
+        some = fits_context(some, model.build_prompt)
         if some:
             rows = [{"messages": [{"role": "user", "content": text}], "rewrite": text, "gold": []} for text in some]
             train_parts.append(examples(name, datasets.Dataset.from_list(rows), None, "context"))
             offset += len(rows)
     # All that runs the backbone comes before training, which may spread its weights over the devices.
     dev_examples = dev_parts(modes_of) or None
-    facts = {
+    training_info = {
         "backbone": model_args.backbone,
         "backbone_revision": model_args.backbone_revision,
         "teacher": model_args.teacher,
@@ -694,10 +700,10 @@ def run(argv: list[str], held: ExitStack) -> None:
         "plain_texts": len(texts),
         "turns_as_text": data_args.turns_as_text,
         "query_modes": data_args.query_modes,
-        "variety": data_args.variety,
-        "other_topics_share": data_args.other_topics_share,
-        "data_licence": data_args.data_licence,
-        "licence": data_args.licence,
+        "augmentation_share": data_args.augmentation_share,
+        "topic_shift_share": data_args.topic_shift_share,
+        "data_license": data_args.data_license,
+        "license": data_args.license,
         "device": device_name(training_args.device),
         "processes": training_args.world_size,
         "command": without_tokens(["train.py", *argv]),
@@ -716,15 +722,15 @@ def run(argv: list[str], held: ExitStack) -> None:
         load_best_model_at_end=False,
         push_to_hub=False,
     )
-    if model.copy_path is not None and data_args.word_epochs and (texts or questions) and not resume:
-        words = build_texts(model, teacher, [*texts, *questions], "plain texts", data_args.variety)
+    if model.copy_path is not None and data_args.lexical_epochs and (texts or questions) and not resume:
+        words = build_texts(model, teacher, [*texts, *questions], "plain texts", data_args.augmentation_share)
         print(f"Stage a: the vocabulary's vectors, from {len(words)} plain texts", flush=True)
         stage = dataclasses.replace(
             without_checks,
-            num_train_epochs=data_args.word_epochs,
-            learning_rate=data_args.word_learning_rate,
-            token_learning_rate=data_args.word_learning_rate,
-            per_device_train_batch_size=data_args.word_batch_size,
+            num_train_epochs=data_args.lexical_epochs,
+            learning_rate=data_args.lexical_learning_rate,
+            token_learning_rate=data_args.lexical_learning_rate,
+            per_device_train_batch_size=data_args.lexical_batch_size,
             gradient_accumulation_steps=1,
             rank_weight=0.0,
             alignment_weight=training_args.alignment_weight or 1.0,
@@ -739,17 +745,20 @@ def run(argv: list[str], held: ExitStack) -> None:
         training_args,
         ConcatDataset(train_parts),
         dev_examples,
-        facts=facts,
+        training_info=training_info,
         stage="Stage b: conversations",
         processing_class=model.tokenizer,
     )
     trainer.train(resume_from_checkpoint=resume)
     if model.copy_path is not None:
         best = trainer.eval_dataset is not None and training_args.load_best_model_at_end
-        if data_args.query_novelty_threshold is not None:
-            model.copy_path.novelty.threshold.data.fill_(data_args.query_novelty_threshold)
+        if data_args.query_repulsion_threshold is not None:
+            model.copy_path.novelty.threshold.data.fill_(data_args.query_repulsion_threshold)
         elif best and not trainer.is_fsdp_enabled:
-            print(f"Novelty: away from turns over a cosine of {choose_novelty_threshold(trainer):.2f}", flush=True)
+            print(
+                f"HistoryRepulsion: away from turns over a cosine of {choose_novelty_threshold(trainer):.2f}",
+                flush=True,
+            )
     if trainer.eval_dataset is not None:
         trainer.log_metrics("dev", trainer.evaluate())
 
@@ -765,7 +774,7 @@ def run(argv: list[str], held: ExitStack) -> None:
             stage,
             ConcatDataset(probe_parts),
             eval_dataset,
-            facts=facts,
+            training_info=training_info,
             stage="Stage c: the probe",
             processing_class=model.tokenizer,
         )
@@ -775,7 +784,7 @@ def run(argv: list[str], held: ExitStack) -> None:
         trainer.state.log_history = [*history, *trainer.state.log_history]
         trainer.args = training_args  # the card tells the recipe of the main stage
 
-    facts["training_seconds"] = round(time.monotonic() - started, 1)
+    training_info["training_seconds"] = round(time.monotonic() - started, 1)
     trainer.save_model()
     trainer.create_model_card()
     if training_args.process_index == 0:

@@ -37,7 +37,7 @@ COMBINATIONS = [
 ]
 LEARNING_RATES = ("2e-4", "5e-4", "1e-3")
 # Without stage a, and without the plain texts among the conversations, which have an alignment of their own.
-ALONE = {"word_epochs": 0, "plain_text_share": 0}
+ALONE = {"lexical_epochs": 0, "plain_text_share": 0}
 # The probe's stage runs the backbone in every step: a third of the queries.
 PROBE = {"query_modes": ["probe", "context"], "num_probe_tokens": 8, "max_probe_queries": 250}
 
@@ -57,7 +57,7 @@ def part_rows() -> list[dict]:
     rows = [
         ("as the recipe has it", {}),
         ("layers 3 to 21 of 30, not 4 to 27", {"hidden_state_layers": [3, 8, 12, 17, 21], "copy_layer": 12}),
-        ("no stage a (words)", {"word_epochs": 0}),
+        ("no stage a (words)", {"lexical_epochs": 0}),
         ("no copy path: the paper's head", {"copy_num_heads": 0}),
         ("no linear skip path", {"head_skip": "false"}),
         ("last layer alone", {"hidden_state_layers": [30], "copy_layer": 30}),
@@ -87,10 +87,12 @@ def run(recipe: str, row: dict, extra: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         train.main([*words, "--output_dir", folder, "--save_total_limit", "1"])
-        facts = json.loads((Path(folder) / "training.json").read_text())
-    last = facts["dev"][-1]  # the mean over the dev sets, if there are several; of the probe, where there is one
+        training_info = json.loads((Path(folder) / "training.json").read_text())
+    last = training_info["dev"][
+        -1
+    ]  # the mean over the dev sets, if there are several; of the probe, where there is one
     metrics = {name: round(last[f"eval_{name}"], 4) for name in ("recall@10", "mrr@10", "ndcg@10")}
-    settings = {name: facts["recipe"][name] for name in ("learning_rate", "num_train_epochs", "seed")}
+    settings = {name: training_info["recipe"][name] for name in ("learning_rate", "num_train_epochs", "seed")}
     return {**row, **settings, **metrics, "seconds": round(time.perf_counter() - start)}
 
 

@@ -4,7 +4,7 @@ A recipe with each of its data sets left out in turn, judged on the one that was
 conversations whose like it has not seen.
 
     python benchmarks/left_out.py configs/best.yaml --results results --output results/left-out.json \
-        --num_train_epochs 1 --variety 0
+        --num_train_epochs 1 --augmentation_share 0
 
 `--results` holds the evaluations of the recipe's own model (`NAME-test.json`, by eval.py), whose generate-then-encode and
 native-context the figures are compared with. Neither the conversations nor the plain text of what is left out is trained
@@ -27,8 +27,8 @@ from eval import EvalArguments, cached_index, load_teacher
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_task
 from native_retrieval.loading import load_model
+from native_retrieval.methods import Comparison
 from native_retrieval.metrics import paired_bootstrap, per_query
-from native_retrieval.pipelines import Comparison
 from native_retrieval.report import read_result
 
 METHOD, BASELINE = "native-context", "generate-then-encode"

@@ -23,12 +23,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from eval import EvalArguments, cached_index, load_teacher
+from native_retrieval.augmentation import with_other_topics, with_typos
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_task
 from native_retrieval.loading import load_model
+from native_retrieval.methods import METHODS, Comparison
 from native_retrieval.metrics import paired_bootstrap, per_query
-from native_retrieval.pipelines import METHODS, Comparison
-from native_retrieval.variety import with_other_topics, with_typos
 
 SHORT_SYSTEM = "You are a careful research assistant. Answer from the documents you find."
 LONG_SYSTEM = (

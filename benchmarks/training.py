@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from modeling_native_retrieval import NativeRetrievalModel
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_task
-from native_retrieval.examples import RetrievalExamples, build_examples, collate
+from native_retrieval.dataset import RetrievalExamples, build_examples, collate
 from native_retrieval.features import FeatureStore
 from native_retrieval.losses import alignment_loss
 from native_retrieval.report import environment

@@ -21,7 +21,7 @@ from native_retrieval.agent import Agent
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex, label
 from native_retrieval.loading import load_model
-from native_retrieval.pipelines import read_query
+from native_retrieval.methods import read_query
 from native_retrieval.report import plot_map
 from native_retrieval.teacher import Teacher, teacher_of
 

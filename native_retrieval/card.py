@@ -51,10 +51,10 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
             raise FileNotFoundError(
                 f"{folder / name} is missing; a card is written for a model that train.py has saved"
             )
-    facts = read_result(folder / "training.json", "backbone", "teacher", "query_modes", "train_data", "command")
+    training_info = read_result(folder / "training.json", "backbone", "teacher", "query_modes", "train_data", "command")
     config = NativeRetrievalConfig.from_pretrained(folder)
     tables, entries, failures = [], [], []
-    repository = facts.get("repository") or folder.name
+    repository = training_info.get("repository") or folder.name
     evaluations = {path: read_result(path, *RESULT_FIELDS) for path in map(Path, results)}
     (folder / "figures").mkdir(exist_ok=True)
     for path, result in evaluations.items():
@@ -72,20 +72,20 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
         if native := result["methods"].get(f"native-{config.query_mode}"):
             entries += _eval_results(result["dataset"], result["split"], native)
     # Each data set has a log entry of its own; the last of each is of the checkpoint that was kept.
-    dev = {name: value for entry in facts.get("dev", []) for name, value in entry.items()}
+    dev = {name: value for entry in training_info.get("dev", []) for name, value in entry.items()}
     if not entries:
-        for name in facts.get("dev_data", {}):
+        for name in training_info.get("dev_data", {}):
             prefix = f"eval_{name}_{config.query_mode}_"
             entries += _eval_results(name, "dev", {metric: dev.get(prefix + metric) for metric in METRICS})
-    history = facts.get("history", [])
+    history = training_info.get("history", [])
     if history:
         plot_training(history, folder / "figures" / "training.png")
     data = ModelCardData(
         library_name="transformers",
-        license=facts.get("licence", "apache-2.0"),
+        license=training_info.get("license", "apache-2.0"),
         pipeline_tag="feature-extraction",
         # The Hub links to repositories only; a folder of ours means nothing there.
-        base_model=None if _is_local(facts["backbone"]) else [facts["backbone"]],
+        base_model=None if _is_local(training_info["backbone"]) else [training_info["backbone"]],
         tags=["native-retrieval", "query-embedding", "arxiv:2603.08429"],
         model_name=Path(repository).name,
         eval_results=entries or None,
@@ -95,7 +95,7 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
         with safetensors.safe_open(weights_file, "pt") as weights:
             keys = [key for key in weights.keys() if not key.startswith("backbone.")]  # noqa: SIM118 (no mapping)
             parameters += sum(math.prod(weights.get_slice(key).get_shape()) for key in keys)
-    revision = facts.get("revision")
+    revision = training_info.get("revision")
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -104,20 +104,20 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
         revision_hint=", revision" if revision else "",
         revision_value=f', "{revision}"' if revision else "",
         revision_arguments="revision=revision, code_revision=revision, " if revision else "",
-        backbone=_linked(facts["backbone"]),
-        teacher=_linked(facts["teacher"]),
-        facts={**facts, "command": _without_folders(facts["command"])},
+        backbone=_linked(training_info["backbone"]),
+        teacher=_linked(training_info["teacher"]),
+        training_info={**training_info, "command": _without_folders(training_info["command"])},
         config=config,
-        modes=", ".join(f"`{mode}`" for mode in facts["query_modes"]),
-        train_data=", ".join(f"{name} ({count})" for name, count in facts["train_data"].items()),
+        modes=", ".join(f"`{mode}`" for mode in training_info["query_modes"]),
+        train_data=", ".join(f"{name} ({count})" for name, count in training_info["train_data"].items()),
         head_parameters=f"{parameters / 1e6:.1f}M",
         results=tables,
         dev={key.removeprefix("eval_"): value for key, value in dev.items() if "@10" in key},
         failures=failures,
         training_figure=bool(history),
-        duration=_duration(facts["training_seconds"]) if "training_seconds" in facts else None,
-        energy=_energy(facts["training_seconds"], facts["device"], facts.get("processes", 1))
-        if "training_seconds" in facts
+        duration=_duration(training_info["training_seconds"]) if "training_seconds" in training_info else None,
+        energy=_energy(training_info["training_seconds"], training_info["device"], training_info.get("processes", 1))
+        if "training_seconds" in training_info
         else None,
     )
     path = folder / "README.md"
@@ -173,9 +173,9 @@ def push_model(
     return commit
 
 
-def _note(folder: Path, **facts: str | None) -> None:
+def _note(folder: Path, **training_info: str | None) -> None:
     path = folder / "training.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}, indent=2) + "\n")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **training_info}, indent=2) + "\n")
 
 
 def _eval_results(dataset: str, split: str, metrics: dict[str, float | None]) -> list[EvalResult]:

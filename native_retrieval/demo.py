@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .pipelines import METHODS
+from .methods import METHODS
 
 if TYPE_CHECKING:
     from modeling_native_retrieval import NativeRetrievalModel
@@ -64,7 +64,7 @@ TRAINING_SOURCES = (
     "modeling_native_retrieval.py",
     *(
         f"native_retrieval/{name}.py"
-        for name in ("conversations", "data", "examples", "features", "losses", "teacher", "trainer", "variety")
+        for name in ("conversations", "data", "dataset", "features", "losses", "teacher", "trainer", "augmentation")
     ),
 )
 EVALUATION_SOURCES = (
@@ -72,7 +72,7 @@ EVALUATION_SOURCES = (
     "modeling_native_retrieval.py",
     *(
         f"native_retrieval/{name}.py"
-        for name in ("conversations", "data", "index", "metrics", "pipelines", "report", "teacher")
+        for name in ("conversations", "data", "index", "metrics", "methods", "report", "teacher")
     ),
 )
 
@@ -127,7 +127,7 @@ SMOKE = Settings(
     num_conversations=40,
     shares=(0.7, 0.15, 0.15),
     num_handwritten=16,
-    train_arguments=("--num_train_epochs", "1", "--num_plain_texts", "500", "--word_epochs", "1"),
+    train_arguments=("--num_train_epochs", "1", "--num_plain_texts", "500", "--lexical_epochs", "1"),
     eval_arguments=("--latency_queries", "3", "--methods", "last-question", "generate-then-encode", "native-context"),
     script=SCRIPT[:2],
 )

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .data import Task
+from .methods import Comparison
 from .metrics import Run, ranking
-from .pipelines import Comparison
 from .report import BASELINE, CUTOFF, GREY, INK, NATIVE_COLOURS, PALE, TURN_BINS, failures
 
 NUM_WORST = 20

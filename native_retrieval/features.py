@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .files import written_whole
+from .files import atomic_write
 from .shards import Advance, Shard, cached_rows, make_in_shards, num_rows, slices
 
 IN_MEMORY_BYTES = 2**30
@@ -168,7 +168,7 @@ def cached_queries(model, prompts: Sequence[Sequence[int]], cache_dir: str | os.
 
     def join(parts: list[str]) -> list[int]:
         written = dict(item for part in parts for item in json.loads(part).items())
-        with written_whole(path, sealed=True) as partial:
+        with atomic_write(path, sealed=True) as partial:
             partial.write_text(json.dumps(written))
         return []
 

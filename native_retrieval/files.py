@@ -20,7 +20,7 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike, sealed: bool = False) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike, sealed: bool = False) -> Iterator[Path]:
     """
     A place beside `path` to write a file to, which takes the name `path` when the block ends, and goes if it fails.
 
@@ -42,7 +42,7 @@ def written_whole(path: str | os.PathLike, sealed: bool = False) -> Iterator[Pat
 
 def seal(path: Path, checksum: str) -> None:
     """Writes a checksum beside the file that it is of."""
-    with written_whole(_seal_of(path)) as partial:
+    with atomic_write(_seal_of(path)) as partial:
         partial.write_text(checksum + "\n")
 
 

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cli import CommandParser, one_line_errors
-from .files import written_whole
+from .files import atomic_write
 from .metrics import MEASURES, Qrels, Run, paired_bootstrap, per_query, ranks, wins_ties_losses
 
 UPPER_LINE = "human-rewrite"  # needs a person at every turn, so it is never the best deployable method
@@ -136,7 +136,7 @@ def write_json(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
     # A line break is never inside a JSON string, so this meets lists only.
     text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s*\]", lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", text)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
 
 
@@ -524,7 +524,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("pages", nargs="+", help="Markdown files, such as README.md")
     for page in map(Path, parser.parse_args(argv).pages):
         filled = fill_tables(page.read_text(encoding="utf-8"), page.parent)
-        with written_whole(page) as partial:
+        with atomic_write(page) as partial:
             partial.write_text(filled, encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from .files import cache_to_write, is_sealed, say_damaged, seal, sha256, written_whole
+from .files import atomic_write, cache_to_write, is_sealed, say_damaged, seal, sha256
 
 Advance = Callable[[int], object]  # told how many more rows are done
 Shard = Sequence[slice]  # of an array's rows
@@ -147,7 +147,7 @@ def _compute_shards(path: Path, notes: list[Path], sizes: Sequence[int], compute
             with held:
                 if not note.exists() and not path.exists():  # in this order: notes go when the whole is there
                     text = compute(number, bar.update)
-                    with written_whole(note, sealed=True) as partial:
+                    with atomic_write(note, sealed=True) as partial:
                         partial.write_text(text)
             catch_up()
     catch_up()

@@ -25,7 +25,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .card import push_model, write_model_card
-from .examples import PROMPT_KEYS, RetrievalExamples, collate
+from .dataset import PROMPT_KEYS, RetrievalExamples, collate
 from .files import seal, sha256
 from .losses import alignment_loss, contrastive_loss, rank_distillation_loss
 from .metrics import per_query
@@ -136,12 +136,19 @@ class NativeRetrievalTrainer(Trainer):
         args (`NativeRetrievalTrainingArguments`)
         train_dataset (`RetrievalExamples`, or a `ConcatDataset` of several)
         eval_dataset (`RetrievalExamples` or `dict[str, RetrievalExamples]`, *optional*): dev queries with documents.
-        facts (`dict`, *optional*): what the model card says of data and recipe.
+        training_info (`dict`, *optional*): what the model card says of data and recipe.
         stage (`str`): what the progress bar calls this training.
     """
 
     def __init__(
-        self, model, args, train_dataset=None, eval_dataset=None, facts: dict | None = None, stage="Training", **kwargs
+        self,
+        model,
+        args,
+        train_dataset=None,
+        eval_dataset=None,
+        training_info: dict | None = None,
+        stage="Training",
+        **kwargs,
     ):
         use_cache = model.backbone.config.use_cache
         super().__init__(
@@ -159,7 +166,7 @@ class NativeRetrievalTrainer(Trainer):
         # The Trainer switches the cache off; pushed like that, the model would generate without one.
         model.backbone.config.use_cache = use_cache
         model.config.text_config.use_cache = use_cache
-        self.facts = facts or {}
+        self.training_info = training_info or {}
         parts = getattr(train_dataset, "datasets", [train_dataset])
         self._has_changed = any(getattr(part, "unchanged", None) is not None for part in parts)
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -483,8 +490,8 @@ class NativeRetrievalTrainer(Trainer):
             return
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {
-            **self.facts,
+        training_info = {
+            **self.training_info,
             "recipe": {
                 name: getattr(self.args, name)
                 for name in (
@@ -507,7 +514,7 @@ class NativeRetrievalTrainer(Trainer):
             "history": [entry for entry in self.state.log_history if "loss" in entry],
             "repository": self.args.hub_model_id,
         }
-        (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (folder / "training.json").write_text(json.dumps(training_info, indent=2) + "\n")
         write_model_card(folder, results)
 
 

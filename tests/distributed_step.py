@@ -18,7 +18,7 @@ from modeling_native_retrieval import NativeRetrievalModel
 from native_retrieval import features as features_module
 from native_retrieval import teacher as teacher_module
 from native_retrieval.data import load_task
-from native_retrieval.examples import RetrievalExamples, build_examples
+from native_retrieval.dataset import RetrievalExamples, build_examples
 from native_retrieval.features import cached_queries
 from native_retrieval.teacher import Teacher
 from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments

@@ -48,7 +48,7 @@ class Mutation(NamedTuple):
 
 LOSSES, TRAINER = "native_retrieval/losses.py", "native_retrieval/trainer.py"
 MODEL, CONFIG = "modeling_native_retrieval.py", "configuration_native_retrieval.py"
-METRICS, DATA, EXAMPLES = "native_retrieval/metrics.py", "native_retrieval/data.py", "native_retrieval/examples.py"
+METRICS, DATA, EXAMPLES = "native_retrieval/metrics.py", "native_retrieval/data.py", "native_retrieval/dataset.py"
 TEACHER, INDEX = "native_retrieval/teacher.py", "native_retrieval/index.py"
 LOADING, SYNTHESIS = "native_retrieval/loading.py", "native_retrieval/synthesis.py"
 VLLM = "native_retrieval/integrations/vllm.py"
@@ -398,7 +398,7 @@ MUTATIONS = [
     ),
     Mutation(
         "targets: turned away from the answer itself",
-        "native_retrieval/examples.py",
+        "native_retrieval/dataset.py",
         "others = others[others @ examples.documents[row] < SAME_TEXT]",
         "pass",
         "trainer::test_a_target_is_not_turned_away_from_what_is_asked_for_once_more",
@@ -547,7 +547,7 @@ MUTATIONS = [
     Mutation(
         "probe: its head does not start at zero",
         MODEL,
-        "self.linear_out = ZeroLinear(config.head_dim, config.embedding_dim)",
+        "self.linear_out = ZeroInitLinear(config.head_dim, config.embedding_dim)",
         "self.linear_out = nn.Linear(config.head_dim, config.embedding_dim)",
         "modeling::test_a_new_probe_changes_nothing",
     ),

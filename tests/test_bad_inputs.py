@@ -25,8 +25,14 @@ def world(make_taught_model, make_backbone, backbone_dir, teacher_dir, beir_data
     model, teacher = make_taught_model()
     model.config.teacher_name_or_path = "teacher"
     model.save_pretrained(folder / "model")
-    facts = {"backbone": "tiny", "teacher": "tiny", "train_data": {}, "query_modes": ["context"], "command": "train.py"}
-    (folder / "model" / "training.json").write_text(json.dumps({**facts, "plain_texts": 0, "recipe": {}}))
+    training_info = {
+        "backbone": "tiny",
+        "teacher": "tiny",
+        "train_data": {},
+        "query_modes": ["context"],
+        "command": "train.py",
+    }
+    (folder / "model" / "training.json").write_text(json.dumps({**training_info, "plain_texts": 0, "recipe": {}}))
     shutil.copytree(folder / "model", folder / "stranger")
     config = json.loads((folder / "model" / "config.json").read_text())
     config |= {"teacher_fingerprint": "0" * 64, "teacher_name_or_path": "another-teacher"}

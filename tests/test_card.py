@@ -12,7 +12,7 @@ from native_retrieval.card import write_model_card
 def saved(tiny_model, tmp_path):
     folder = tmp_path / "model"
     tiny_model.save_pretrained(folder)
-    facts = {
+    training_info = {
         "backbone": str(tmp_path),
         "teacher": "someone/teacher",
         "train_data": {"logs": 12},
@@ -22,7 +22,7 @@ def saved(tiny_model, tmp_path):
         "recipe": {"learning_rate": 1e-3},
         "dev": [{"eval_recall@10": 0.5}],
     }
-    (folder / "training.json").write_text(json.dumps(facts))
+    (folder / "training.json").write_text(json.dumps(training_info))
     return folder
 
 
@@ -67,20 +67,20 @@ def test_card_of_a_result_in_the_models_own_folder(saved):
 
 
 def test_the_card_tells_commands_without_folders_and_the_licence_that_was_given(saved, tmp_path):
-    facts = json.loads((saved / "training.json").read_text())
-    facts |= {
-        "licence": "gemma",
+    training_info = json.loads((saved / "training.json").read_text())
+    training_info |= {
+        "license": "gemma",
         "command": "train.py r.yaml --train_data /home/ann/logs:dev ../shared/x --dev_data=/home/ann/d",
     }
-    (saved / "training.json").write_text(json.dumps(facts))
+    (saved / "training.json").write_text(json.dumps(training_info))
     card = write_model_card(saved).read_text()
     assert "train.py r.yaml --train_data logs:dev ../shared/x --dev_data=d" in card and "ann" not in card
     assert "license: gemma" in card
 
 
 def test_a_path_of_another_disk_is_no_repository(saved):
-    facts = json.loads((saved / "training.json").read_text())
-    (saved / "training.json").write_text(json.dumps({**facts, "backbone": ".cache/elsewhere/a-backbone"}))
+    training_info = json.loads((saved / "training.json").read_text())
+    (saved / "training.json").write_text(json.dumps({**training_info, "backbone": ".cache/elsewhere/a-backbone"}))
     card = ModelCard(write_model_card(saved).read_text())
     assert card.data.base_model is None and "a-backbone" in card.text and "elsewhere" not in card.text
     assert "https://huggingface.co/someone/teacher" in card.text

@@ -41,8 +41,16 @@ def small_world(tmp_path_factory, make_taught_model, backbone_dir, teacher_dir):
     vectors = teacher.documents(corpus)
     for model_dir in (".cache/demo/model", "outputs/mine", "outputs/best", "outputs/paper"):
         model.save_pretrained(folder / model_dir)
-        facts = {"backbone": "tiny", "teacher": "tiny", "train_data": {}, "plain_texts": 0, "query_modes": ["context"]}
-        (folder / model_dir / "training.json").write_text(json.dumps({**facts, "command": "train.py", "recipe": {}}))
+        training_info = {
+            "backbone": "tiny",
+            "teacher": "tiny",
+            "train_data": {},
+            "plain_texts": 0,
+            "query_modes": ["context"],
+        }
+        (folder / model_dir / "training.json").write_text(
+            json.dumps({**training_info, "command": "train.py", "recipe": {}})
+        )
     DocumentIndex.build(corpus, vectors, teacher.fingerprint, "tiny-teacher", folder / ".cache/demo/index")
 
     import faiss
@@ -74,7 +82,7 @@ def smaller(command: str) -> list[str]:
     words = shlex.split(command)
     if "train.py" in words:
         at = words.index("train.py")
-        words = [*words[at:], "--use_cpu", "--num_train_epochs", "1", "--word_epochs", "1"]
+        words = [*words[at:], "--use_cpu", "--num_train_epochs", "1", "--lexical_epochs", "1"]
         words += ["--max_prompt_tokens", "300", "--num_plain_texts", "50", "--disable_tqdm", "true", "--bf16", "false"]
         words += (
             ["--hidden_state_layers", "1", "4", "--backbone", "Qwen/Qwen3-8B"] if "configs/paper.yaml" in words else []

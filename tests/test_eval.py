@@ -12,7 +12,7 @@ from conftest import REPOSITORY, StubTeacher, write_beir_folder
 import eval as eval_script
 from native_retrieval.data import load_corpus
 from native_retrieval.index import DocumentIndex
-from native_retrieval.pipelines import METHODS
+from native_retrieval.methods import METHODS
 
 MEASURES = ("recall@10", "mrr@10", "ndcg@10")
 

@@ -9,7 +9,7 @@ from native_retrieval.attributions import draw_attributions, word_weights
 from native_retrieval.data import load_task
 from native_retrieval.failures import write_failure_report
 from native_retrieval.index import DocumentIndex
-from native_retrieval.pipelines import Comparison
+from native_retrieval.methods import Comparison
 from native_retrieval.report import build_result
 
 

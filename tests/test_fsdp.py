@@ -31,7 +31,18 @@ def launch(folder, data, *words, **environment) -> subprocess.CompletedProcess:
     launcher += ["--num_processes", "2", "--main_process_port", "0"]
     launcher += ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer", "tests/fsdp_on_cpu.py"]
     fields = ["--backbone", assets.backbone_dir, "--teacher", assets.teacher_dir, "--use_cpu", "--bf16", "true"]
-    fields += ["--train_data", data, "--dev_data", data, "--plain_text", data, "--word_epochs", "1", "--variety", "0.2"]
+    fields += [
+        "--train_data",
+        data,
+        "--dev_data",
+        data,
+        "--plain_text",
+        data,
+        "--lexical_epochs",
+        "1",
+        "--augmentation_share",
+        "0.2",
+    ]
     fields += ["--output_dir", folder / "out", "--cache_dir", ".cache/demo/cache", "--disable_tqdm", "true"]
     fields += ["--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1", *words]
     return subprocess.run(

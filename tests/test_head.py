@@ -20,10 +20,12 @@ from transformers import (
 
 import modeling_native_retrieval
 from configuration_native_retrieval import NativeRetrievalConfig
-from modeling_native_retrieval import CopyPath, NativeRetrievalModel, Novelty
+from modeling_native_retrieval import CopyPath, HistoryRepulsion, NativeRetrievalModel
 
 # By itself: 8 dimensions of the teacher's, 16 of the backbone's, all gates open.
-NOVELTY = Novelty(NativeRetrievalConfig(text_config=LlamaConfig(hidden_size=16, num_attention_heads=4), head_dim=8))
+NOVELTY = HistoryRepulsion(
+    NativeRetrievalConfig(text_config=LlamaConfig(hidden_size=16, num_attention_heads=4), head_dim=8)
+)
 with torch.no_grad():
     NOVELTY.log_ridge.fill_(-2.0)
     torch.nn.init.zeros_(NOVELTY.question_gate.weight)
@@ -429,7 +431,7 @@ def test_the_teachers_tokenizer_is_saved_and_loaded(spelling_model: NativeRetrie
         NativeRetrievalModel.from_pretrained(tmp_path).embed_query(CONVERSATIONS)
 
 
-# Novelty: away from what has been said
+# HistoryRepulsion: away from what has been said
 
 
 def open_gates(model: NativeRetrievalModel, threshold: float = -1.0) -> None:

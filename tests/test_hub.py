@@ -59,7 +59,7 @@ def trained(tmp_path_factory, backbone_dir, teacher_dir, beir_data):
             "256",
             "--num_train_epochs",
             "1",
-            "--word_epochs",
+            "--lexical_epochs",
             "1",
             "--logging_steps",
             "1",

@@ -28,7 +28,16 @@ def pushed(assets, beir_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     with serve(Hub()) as hub:
         words = ["train.py", "--backbone", assets.backbone_dir, "--teacher", assets.teacher_dir, "--use_cpu"]
-        words += ["--train_data", beir_data, "--dev_data", beir_data, "--plain_text", beir_data, "--word_epochs", "1"]
+        words += [
+            "--train_data",
+            beir_data,
+            "--dev_data",
+            beir_data,
+            "--plain_text",
+            beir_data,
+            "--lexical_epochs",
+            "1",
+        ]
         words += ["--output_dir", folder / "out", "--cache_dir", folder / "cache", "--disable_tqdm", "1"]
         words += ["--num_train_epochs", "2", "--push_to_hub", "--hub_model_id", REPO, "--hub_token", TOKEN]
         process = run(words, hub, folder / "home", OMP_NUM_THREADS="2")

@@ -19,7 +19,7 @@ from transformers import AutoModel
 import train
 from configuration_native_retrieval import NativeRetrievalConfig
 from native_retrieval.data import load_task
-from native_retrieval.examples import PROMPT_KEYS, build_examples, build_texts, collate, turned_away
+from native_retrieval.dataset import PROMPT_KEYS, build_examples, build_texts, collate, turned_away
 from native_retrieval.losses import alignment_loss, contrastive_loss
 from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
 
@@ -384,10 +384,10 @@ def test_targets_are_turned_away_from_earlier_answers(tiny_model, stub_teacher, 
         )
         return built.targets
 
-    plain, moved, said = targets(), targets(novelty_threshold=0.1), stub_teacher.documents(corpus)[0]
+    plain, moved, said = targets(), targets(target_repulsion_threshold=0.1), stub_teacher.documents(corpus)[0]
     assert np.array_equal(moved[1:], plain[1:])
     assert plain[0] @ said > moved[0] @ said > 0 and np.allclose(np.linalg.norm(moved, axis=1), 1)
-    assert np.array_equal(targets(novelty_threshold=plain[0] @ said + 0.01), plain)
+    assert np.array_equal(targets(target_repulsion_threshold=plain[0] @ said + 0.01), plain)
     shared = targets(rewrite_gold_share=0.5)
     assert (shared * stub_teacher.documents(corpus)[[1, 0, 2]]).sum(1) == pytest.approx(1, abs=0.3)
     assert ((shared - plain) ** 2).sum(1).min() > 0
@@ -408,7 +408,7 @@ def test_a_target_is_not_turned_away_from_what_is_asked_for_once_more(tiny_model
     ]
     arguments = (tiny_model, stub_teacher, Dataset.from_list(rows), corpus, "context")
     plain, moved, repeated = build_examples(
-        *arguments, cache_dir=str(tmp_path), novelty_threshold=0.1, rank_top_k=2
+        *arguments, cache_dir=str(tmp_path), target_repulsion_threshold=0.1, rank_top_k=2
     ).targets
     assert ((moved - plain) ** 2).sum() > 0
     assert np.allclose(moved, repeated)
@@ -546,8 +546,8 @@ def test_the_probe_is_trained_in_a_stage_of_its_own(stub_training, backbone_dir,
         (["--backbone", "b", "--teacher", "t", "--train_data", "d"], "dev_data is missing"),
         (["--train_data", "d", "--train_weights", "1", "2"], "one number above 0 for each of the 1 entries"),
         (["--train_data", "d", "--train_weights", "1.5"], "above 1 give whole numbers"),
-        (["--novelty_threshold", "2"], "must lie in 0 to 1"),
-        (["--query_novelty_threshold", "2"], "must be a cosine"),
+        (["--target_repulsion_threshold", "2"], "must lie in 0 to 1"),
+        (["--query_repulsion_threshold", "2"], "must be a cosine"),
     ],
 )
 def test_bad_arguments_are_one_line(argv, said):
@@ -580,10 +580,10 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
 
 
 def test_data_sets_are_seen_as_often_as_their_weights_say(stub_training, backbone_dir, beir_folder, tmp_path, capfd):
-    few = ("--variety", "0", "--plain_text_share", "0", "--word_epochs", "0")
+    few = ("--augmentation_share", "0", "--plain_text_share", "0", "--lexical_epochs", "0")
     seen = {}
     for weight, others in (("0.5", "0"), ("1", "0"), ("3", "0"), ("3", "1")):
-        more = ("--train_weights", weight, "--other_topics_share", others, *few)
+        more = ("--train_weights", weight, "--topic_shift_share", others, *few)
         train.main(words(backbone_dir, beir_folder, tmp_path / weight / others, *more))
         seen[weight, others] = int(re.search(r"Stage b: (\d+) examples", capfd.readouterr().out)[1])
     once = seen["1", "0"]
@@ -592,16 +592,16 @@ def test_data_sets_are_seen_as_often_as_their_weights_say(stub_training, backbon
 
 
 def test_the_novelty_threshold_may_be_given(stub_training, backbone_dir, beir_folder, tmp_path, capfd):
-    more = ("--query_novelty_threshold", "0.3", "--max_steps", "1", "--word_epochs", "0")
+    more = ("--query_repulsion_threshold", "0.3", "--max_steps", "1", "--lexical_epochs", "0")
     train.main(words(backbone_dir, beir_folder, tmp_path, *more))
-    assert "Novelty: away" not in capfd.readouterr().out
+    assert "HistoryRepulsion: away" not in capfd.readouterr().out
     model = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert model.copy_path.novelty.threshold.item() == pytest.approx(0.3)
 
 
 def test_a_seed_draws_the_head_as_well_as_the_order(stub_training, backbone_dir, beir_folder, tmp_path):
     drawn = []
-    still = ("--learning_rate", "0", "--word_epochs", "0", "--max_steps", "1", "--eval_strategy", "no")
+    still = ("--learning_rate", "0", "--lexical_epochs", "0", "--max_steps", "1", "--eval_strategy", "no")
     for run, seed in enumerate(("1", "1", "2")):
         more = (*still, "--load_best_model_at_end", "false", "--seed", seed)
         train.main(words(backbone_dir, beir_folder, tmp_path / str(run), *more))

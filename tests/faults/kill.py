@@ -300,7 +300,7 @@ def make_steps(place: Path, small: bool = False) -> list[Step]:
         words += ["--dev_data", data, "--output_dir", folder / "out", "--cache_dir", cache, "--plain_text", data]
         words += ["--query_modes", "context", "generated", "probe", "--num_probe_tokens", 2, "--adapter_rank", 2]
         words += ["--head_dim", 32, "--head_num_attention_heads", 4, "--max_query_tokens", 8, "--rank_top_k", 8]
-        words += ["--per_device_train_batch_size", 8, "--word_epochs", 1, "--num_plain_texts", 20]
+        words += ["--per_device_train_batch_size", 8, "--lexical_epochs", 1, "--num_plain_texts", 20]
         words += ["--max_prompt_tokens", 100, "--use_cpu", "true", "--seed", 3, "--resume", *more]
         train.main([str(word) for word in words])
 

@@ -196,7 +196,7 @@ class NativeProbe(NativeContext):
     mode = "probe"
 
 
-PIPELINES = {
+METHOD_CLASSES = {
     "human-rewrite": HumanRewrite,
     "last-question": LastQuestion,
     "full-history": FullHistory,
@@ -208,7 +208,7 @@ PIPELINES = {
     "native-context": NativeContext,
     "native-probe": NativeProbe,
 }
-METHODS = tuple(PIPELINES)
+METHODS = tuple(METHOD_CLASSES)
 
 
 # The comparison
@@ -259,7 +259,7 @@ class Comparison:
         self.messages: list[Messages] = list(queries["messages"])
         self.prompts = self._build_prompts()  # first: it checks the conversations
         self.last_questions = [last_question(messages) for messages in self.messages]
-        self.methods = {name: PIPELINES[name](name, self) for name in methods}
+        self.methods = {name: METHOD_CLASSES[name](name, self) for name in methods}
 
     def runs(self) -> dict[str, "Run"]:
         """`{method: {query_id: {doc_id: score}}}`, the best 1,000 documents of each query."""

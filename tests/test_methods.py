@@ -7,7 +7,7 @@ from datasets import Dataset
 from native_retrieval.conversations import full_history, last_question, turns
 from native_retrieval.data import Task, load_task
 from native_retrieval.index import DocumentIndex
-from native_retrieval.pipelines import METHODS, Comparison
+from native_retrieval.methods import METHODS, Comparison
 from native_retrieval.report import METHOD_ORDER
 
 
@@ -105,7 +105,7 @@ def test_the_clock_does_not_run_during_the_prefill(tiny_model, stub_teacher, ind
         clock[0] += 100.0
         return prefill(*args, **kwargs)
 
-    monkeypatch.setattr("native_retrieval.pipelines.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("native_retrieval.methods.perf_counter", lambda: clock[0])
     monkeypatch.setattr(tiny_model, "prefill", slow_prefill)
     assert comparison.latencies(3) == {"native-context": [0.0, 0.0, 0.0]}
     assert clock[0] > 0

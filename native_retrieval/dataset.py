@@ -14,10 +14,10 @@ from datasets import Dataset
 
 from modeling_native_retrieval import NativeRetrievalModel
 
+from .augmentation import Conversation, with_typos
 from .conversations import last_question
 from .features import FeatureStore, cached_queries
 from .teacher import Teacher
-from .variety import Conversation, with_typos
 
 NOVELTY_RIDGE = 0.3
 SAME_TEXT = 0.95  # the cosine from which on two texts count as one
@@ -204,7 +204,7 @@ def build_examples(
     online_features: bool = False,
     gold_share: float = 0.5,
     rewrite_gold_share: float = 0.0,
-    novelty_threshold: float = 1.0,
+    target_repulsion_threshold: float = 1.0,
     rank_top_k: int = 128,
     num_hard_negatives: int = 0,
     id_offset: int = 0,
@@ -222,13 +222,13 @@ def build_examples(
     Args:
         gold_share, rewrite_gold_share (`float`): how far the target of a query, without a rewrite or with one, moves from
             the query's vector towards its first relevant document's.
-        novelty_threshold (`float`): the target is then turned away from the conversation's earlier answers that are nearer
+        target_repulsion_threshold (`float`): the target is then turned away from the conversation's earlier answers that are nearer
             to it than this cosine (see [`turned_away`]), unless that brings its documents nearer to those of others: where
             answers are no documents of the index, the next one may well be near the last.
         num_hard_negatives (`int`): documents near the target, from the top of the teacher's ranking, that are not
             relevant.
         seen (`list[Conversation]`, *optional*): what the model reads in the place of `queries["messages"]`; see
-            `variety.py`.
+            `augmentation.py`.
         unchanged (`RetrievalExamples`, *optional*): those of the same queries, and maybe others, without `seen`.
     """
     seen = queries["messages"] if seen is None else seen
@@ -279,7 +279,7 @@ def build_examples(
         gold = examples.documents[[rows[document_ids[0]] for document_ids in queries["gold"]]]
         examples.targets = _unit((1 - share) * targets + share * gold)
     said = [_earlier_answers(messages) for messages in seen]
-    if novelty_threshold < 1 and any(said):
+    if target_repulsion_threshold < 1 and any(said):
         texts = sorted({text for answers in said for text in answers})
         vectors = teacher.cached(texts, "document", f"Teacher: earlier answers of {name}")
         place = {text: row for row, text in enumerate(texts)}
@@ -291,7 +291,7 @@ def build_examples(
                 others = np.asarray(vectors[[place[text] for text in answers]])
                 for row in examples.positives[i]:  # an answer that is asked for once more
                     others = others[others @ examples.documents[row] < SAME_TEXT]
-                turned = turned_away(examples.targets[i], others, novelty_threshold)
+                turned = turned_away(examples.targets[i], others, target_repulsion_threshold)
                 before, after = _margins(
                     examples.documents, near[i], examples.positives[i], examples.targets[i], turned
                 )
@@ -315,7 +315,7 @@ def build_examples(
 def turned_away(target: np.ndarray, others: np.ndarray, threshold: float) -> np.ndarray:
     """
     A unit vector `(dim,)` turned away from `others` `(n, dim)` as far as its cosine to them is over the threshold, by ridge
-    regression, as the model's `Novelty` does it: an answer that was given is near the next question, and is not what is
+    regression, as the model's `HistoryRepulsion` does it: an answer that was given is near the next question, and is not what is
     looked for.
     """
     excess = np.maximum(others @ target - threshold, 0)

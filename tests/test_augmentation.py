@@ -1,4 +1,4 @@
-"""native_retrieval/variety.py: whatever is put around a conversation, its question stays."""
+"""native_retrieval/augmentation.py: whatever is put around a conversation, its question stays."""
 
 import random
 
@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_native_retrieval import check_messages
-from native_retrieval.variety import vary, with_other_topics, with_typos
-from train import behind_other_topics, varied
+from native_retrieval.augmentation import vary, with_other_topics, with_typos
+from train import varied, with_topic_shifts
 
 texts = st.text(st.characters(categories=["L", "Nd", "P", "Zs"]), min_size=1, max_size=60).filter(str.strip)
 
@@ -73,7 +73,7 @@ def test_other_topics_are_of_other_conversations_and_serve_all_queries_of_one():
         ]
         rows += [{"conv": thing, "messages": messages} for messages in (first, then)]
     queries = Dataset.from_list(rows)
-    some, seen = behind_other_topics(queries, 0.5)
+    some, seen = with_topic_shifts(queries, 0.5)
     assert len(set(some["conv"])) == 15 and len(some) == len(seen) == 30
     counts = set()
     for (thing, messages), (_, later), before, after in zip(
@@ -88,11 +88,11 @@ def test_other_topics_are_of_other_conversations_and_serve_all_queries_of_one():
         counts.add(sum(message["role"] == "user" for message in others))
         assert not any(message["content"].startswith((f"What is {thing}?", f"{thing}:")) for message in others)
     assert min(counts) >= 1 and max(counts) <= 20 and len(counts) > 3
-    assert behind_other_topics(queries, 0.5)[1] == seen
-    assert behind_other_topics(queries, 0.5, draw=1)[1] != seen
-    assert behind_other_topics(queries, 0)[1] == []
+    assert with_topic_shifts(queries, 0.5)[1] == seen
+    assert with_topic_shifts(queries, 0.5, draw=1)[1] != seen
+    assert with_topic_shifts(queries, 0)[1] == []
     alone = queries.filter(lambda row: row["conv"] == things[0])
-    assert behind_other_topics(alone, 1.0)[1] == alone["messages"][:], "no others to be had"
+    assert with_topic_shifts(alone, 1.0)[1] == alone["messages"][:], "no others to be had"
 
 
 def test_a_varied_conversation_for_which_there_is_no_room_stays_as_it_is():
