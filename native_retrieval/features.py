@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .files import atomic_write
-from .shards import Advance, Shard, cached_rows, make_in_shards, num_rows, slices
+from .cache import Advance, Shard, atomic_write, cached_rows, make_in_shards, num_rows, slices
 
 IN_MEMORY_BYTES = 2**30
 # What a process computes at a time, and a killed one loses: on two cores half a minute's work, on a GPU a second's, and

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from configuration_native_retrieval import NativeRetrievalConfig
 from modeling_native_retrieval import NativeRetrievalModel
 
-from .files import is_damaged
+from .cache import is_damaged
 
 
 def model_folder(name_or_path: str | os.PathLike) -> Path:

@@ -720,7 +720,7 @@ MUTATIONS = [
     ),
     Mutation(
         "shards: a damaged one is believed",
-        "native_retrieval/shards.py",
+        "native_retrieval/cache.py",
         "if array_file.checksum(shards[i]) != wanted",
         "if False",
         "sharded::test_a_damaged_shard_is_computed_anew",

@@ -250,7 +250,7 @@ def test_what_is_finished_is_read_without_writing(
 ):
     FeatureStore.build(tiny_model, sequences, tmp_path)
     queries = cached_queries(tiny_model, sequences, tmp_path)
-    monkeypatch.setattr("native_retrieval.shards.FileLock", None)  # the first thing that would be written
+    monkeypatch.setattr("native_retrieval.cache.FileLock", None)  # the first thing that would be written
     before = tmp_path.stat().st_mtime_ns
     assert_states(FeatureStore.build(tiny_model, sequences, tmp_path), tiny_model, sequences)
     assert cached_queries(tiny_model, sequences, tmp_path) == queries
