@@ -46,8 +46,8 @@ CORPUS_FEATURES = Features({"_id": Value("string"), "title": Value("string"), "t
 QUERY_FEATURES = Features(
     {
         "_id": Value("string"),
-        "messages": List(Json()),
-        "tools": List(Json()),
+        "messages": Json(),
+        "tools": Json(),
         "rewrite": Value("string"),
         "conv": Value("string"),
         "turn": Value("int32"),
@@ -117,7 +117,7 @@ def read_conversations(file: Path) -> list[list[dict[str, Any]]]:
     problems: list[str] = []
     encoded = [row["messages"] for row in read_identified(file.parent, file.name, rows.query, problems)]
     raise_if_any(file.parent, problems)
-    return [[json.loads(message) for message in messages] for messages in encoded]
+    return list(map(json.loads, encoded))
 
 
 def load_queries(source: Source, split: str | None = None, *, revision: str | None = None) -> Dataset:

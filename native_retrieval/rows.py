@@ -201,15 +201,16 @@ def query(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stored(name: str, values: list[dict[str, Any]] | None) -> list[str] | None:
-    """Objects as JSON, which is how the Arrow file holds them. Raises `BadRow` for what cannot be read back from it."""
-    encoded = None if values is None else [clean_text(json.dumps(value, ensure_ascii=False)) for value in values]
-    for i, text in enumerate(encoded or ()):
-        try:
-            Json().decode_example(text)
-        except ValueError as error:
-            raise BadRow(f"{name}[{i}] cannot be stored ({error}); write large numbers as strings") from None
-    return encoded
+def _stored(name: str, value: list[dict[str, Any]] | None) -> str | None:
+    """A list as JSON, which is how the Arrow file holds it. Raises `BadRow` if it cannot be read back from there."""
+    if value is None:
+        return None
+    text = clean_text(json.dumps(value, ensure_ascii=False))
+    try:
+        Json().decode_example(text)
+    except ValueError as error:
+        raise BadRow(f"{name} cannot be stored ({error}); write large numbers as strings") from None
+    return text
 
 
 def _identifier(row: dict[str, Any]) -> str:
