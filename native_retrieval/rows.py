@@ -125,9 +125,10 @@ def _numbered_rows(
     first = True
     for number, line in read_lines(folder, name, problems):
         if first and (line.strip() == "{" or line.lstrip().startswith("[")):
-            seen, program = ("a JSON array", ".[]") if "[" in line else ("a JSON object over several lines", ".")
+            seen, program = ("a JSON array", ".[]") if "[" in line else ("an object over several lines", ".")
             problems.append(
-                f"{name}:{number}: {seen}, wanted one JSON object a line (JSON Lines); convert it with `jq -c '{program}'`"
+                f"{name}:{number}: a JSON object is needed in each line (JSON Lines), this is {seen}; "
+                f"convert the file with `jq -c '{program}'`"
             )
             return
         first = False

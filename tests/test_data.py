@@ -477,7 +477,9 @@ def test_json_where_json_lines_are_wanted(tmp_path: Path, text: str, way_out: st
     write(tmp_path, {f"corpus.jsonl{ending}": start + text, f"queries.jsonl{ending}": start + text})
     for load, name in ((load_corpus, "corpus"), (load_queries, "queries")):
         (problem,) = problems_of(load, tmp_path)
-        assert problem.startswith(f"{name}.jsonl{ending}:{1 + start.count(chr(10))}: a JSON ")
+        assert problem.startswith(
+            f"{name}.jsonl{ending}:{1 + start.count(chr(10))}: a JSON object is needed in each line"
+        )
         assert "JSON Lines" in problem and way_out in problem and "\n" not in problem
 
 
