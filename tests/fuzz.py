@@ -32,8 +32,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 import train  # noqa: E402
 from native_retrieval import data  # noqa: E402
-from native_retrieval.conversations import ROLES  # noqa: E402
 from native_retrieval.trainer import NativeRetrievalTrainingArguments  # noqa: E402
+from processing_native_retrieval import ROLES  # noqa: E402
 
 # Data: whole files, one of which is damaged or replaced
 
