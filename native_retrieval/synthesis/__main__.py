@@ -3,12 +3,8 @@
 import sys
 from dataclasses import dataclass, field, fields
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from .. import synthesis
 from ..cli import Parser, one_line_errors
-from ..loading import float32_is_faster
 
 
 @dataclass
@@ -43,6 +39,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _llm_generator(name: str, seed: int) -> synthesis.LLMGenerator:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..loading import float32_is_faster
+
     dtype = torch.float32 if float32_is_faster() else "auto"
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)

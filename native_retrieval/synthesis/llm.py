@@ -1,17 +1,18 @@
 """Conversations that a causal language model writes."""
 
+from __future__ import annotations
+
 import logging
 import random
 import re
 from collections.abc import Iterator, Sequence
-
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from processing_native_retrieval import NativeRetrievalProcessor
+from typing import TYPE_CHECKING
 
 from .entities import SENTENCE_END, read_entity
 from .turns import Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class LLMGenerator:
         temperature: float = 0.8,
         seed: int = 0,
     ) -> None:
+        from processing_native_retrieval import NativeRetrievalProcessor  # slow to import, and templates need no model
+
         self.model, self.processor = model, NativeRetrievalProcessor(tokenizer)
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.temperature, self.seed = temperature, seed
@@ -77,6 +80,8 @@ class LLMGenerator:
 
     def complete(self, prompts: list[str], seed: int) -> list[str]:
         """The model's continuations of `prompts`, without the prompts."""
+        import torch
+
         # Without thinking: Qwen3 would think until the tokens are used up. Templates that cannot think ignore it.
         encoded = [self.processor.encode([{"role": "user", "content": p}], enable_thinking=False) for p in prompts]
         texts: list[str] = []
