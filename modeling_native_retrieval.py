@@ -64,42 +64,28 @@ class NativeRetrievalOutput(ModelOutput):
 @dataclass
 class QueryCache:
     """
-    Prompts that have passed through the backbone: its KV cache, and the hidden states that the head reads.
-
-    input_ids, attention_mask: `(batch, tokens)`. hidden_states: `(batch, tokens, layers, hidden_size)`.
-    past_key_values: the backbone's own cache, or `None` if it was not kept. words: what the processor has read of the turns.
+    Prompts that have passed through the backbone: `input_ids`, `attention_mask` `(batch, tokens)`, the `hidden_states`
+    `(batch, tokens, layers, hidden_size)` that the head reads, the backbone's own cache (`past_key_values`, unless it was
+    not kept), and the `words` that the processor has read of their turns.
     """
 
     input_ids: torch.LongTensor
     attention_mask: torch.LongTensor
-    hidden_states: torch.FloatTensor
+    hidden_states: torch.FloatTensor | None = None
     past_key_values: Any = None
     words: dict = field(default_factory=dict)
 
-    def fork(self) -> Any:
-        """The KV cache to go on from without changing this one. Its layers replace their tensors, recurrent ones do not."""
-        fork = copy.copy(self.past_key_values)
-        fork.layers = [(copy.deepcopy if _is_recurrent(layer) else copy.copy)(layer) for layer in fork.layers]
-        return fork
-
     def crop(self, columns: int) -> bool:
-        """Keeps the first columns of the KV cache. False, if a window or a recurrent state has lost what that needs."""
-        past = self.past_key_values
-        remove = past.get_seq_length() - columns
+        """Keeps the first columns. False, if a window or a recurrent state has lost what that needs."""
+        past, remove = self.past_key_values, self.past_key_values.get_seq_length() - columns
         for layer in past.layers if remove else ():
-            sliding = getattr(layer, "is_sliding", False)
-            if _is_recurrent(layer) or (
-                sliding and layer.keys.shape[-2] - remove < min(layer.sliding_window - 1, columns)
-            ):
+            window = min(layer.sliding_window - 1, columns) if getattr(layer, "is_sliding", False) else 0
+            if hasattr(layer, "recurrent_states") or (window and layer.keys.shape[-2] - remove < window):
                 return False
         if remove:
             past.activate_past_recording()  # `generate` may switch it off, and windows then refuse to be cropped
             past.crop(-remove)
         return True
-
-
-def _is_recurrent(layer: Any) -> bool:
-    return hasattr(layer, "recurrent_states")
 
 
 class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
@@ -328,47 +314,45 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         )
         return NativeRetrievalOutput(vectors, attributions, input_ids, attention_mask)
 
-    @torch.no_grad()
     def prefill(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
-        use_cache: bool = True,
-        cache: QueryCache | None = None,
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None, use_cache: bool = True
     ) -> QueryCache:
         """
-        One pass of prompts `(batch, tokens)` through the backbone, without its language-model head. Of a `cache`'s
-        tokens, which are the first columns of the prompts, none passes again.
+        One pass of prompts `(batch, tokens)` through the backbone, without its language-model head.
 
         Raises:
             `ValueError`: for a prompt that is longer than the backbone's context.
         """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self._pass(QueryCache(input_ids.to(self._device()), mask.to(self._device())), use_cache)
+
+    @torch.no_grad()
+    def _pass(self, cache: QueryCache, use_cache: bool = True) -> QueryCache:
+        """Passes those columns of the prompts that are not in the cache yet; fills it in place."""
         if self.backbone is None:
             raise ValueError("this model was loaded without its backbone; load it with one, or give hidden_states")
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        ids, mask = cache.input_ids, cache.attention_mask
         longest = getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None)
-        if longest and input_ids.shape[1] > longest and (tokens := int(mask.sum(1).max())) > longest:
+        if longest and ids.shape[1] > longest and (tokens := int(mask.sum(1).max())) > longest:
             raise ValueError(
-                f"a prompt of {tokens} tokens is longer than the backbone's context of {longest}; set the processor's "
-                "max_prompt_tokens to less"
+                f"a prompt of {tokens} tokens is longer than the backbone's context of {longest}; lower the processor's "
+                "max_prompt_tokens"
             )
-        input_ids, mask = input_ids.to(self._device()), mask.to(self._device())
-        past, known = (cache.past_key_values, cache.past_key_values.get_seq_length()) if cache else (None, 0)
-        if past is None and use_cache:
-            past = DynamicCache(config=self.backbone.config)
-            past.activate_past_recording()  # sliding windows could not be cropped otherwise
-        output = self._reading_part(past is None)(
-            input_ids=input_ids[:, known:],
+        if cache.past_key_values is None and use_cache:
+            cache.past_key_values = DynamicCache(config=self.backbone.config)
+            cache.past_key_values.activate_past_recording()  # sliding windows could not be cropped otherwise
+        known = cache.past_key_values.get_seq_length() if use_cache else 0
+        output = self._reading_part(not use_cache)(
+            input_ids=ids[:, known:],
             attention_mask=mask,
             position_ids=(mask.long().cumsum(1) - 1).clamp(min=0)[:, known:],
-            past_key_values=past,
-            use_cache=past is not None,
+            past_key_values=cache.past_key_values,
+            use_cache=use_cache,
             output_hidden_states=True,
         )
         states = self._stacked(output.hidden_states)
-        if known:
-            states = torch.cat((cache.hidden_states[:, :known], states), dim=1)
-        return QueryCache(input_ids, mask, states, past, cache.words if cache else {})
+        cache.hidden_states = torch.cat((cache.hidden_states[:, :known], states), dim=1) if known else states
+        return cache
 
     def _stacked(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The states that the head reads, `(batch, tokens, layers, hidden_size)`, on one device."""
@@ -422,8 +406,10 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             pad_token_id=self.processor.pad_token_id,
         )
         mask = torch.cat((cache.attention_mask, torch.ones_like(start)), dim=1)
-        copied = QueryCache(cache.input_ids, mask, cache.hidden_states, cache.fork(), cache.words)
-        copied.input_ids = torch.cat((cache.input_ids, start), dim=1)
+        past = copy.copy(cache.past_key_values)  # layers replace their tensors; recurrent ones write into them
+        recurrent = [hasattr(layer, "recurrent_states") for layer in past.layers]
+        past.layers = [copy.deepcopy(x) if r else copy.copy(x) for x, r in zip(past.layers, recurrent, strict=True)]
+        copied = QueryCache(torch.cat((cache.input_ids, start), dim=1), mask, cache.hidden_states, past)
         self._generate(copied, generation_config=settings)
         begin, end = mask.shape[1], mask.shape[1] + self.config.max_query_tokens
         written = copied.input_ids[:, begin:end]
@@ -471,6 +457,8 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
 
     def _generate(self, cache: QueryCache, **kwargs) -> ModelOutput:
         """Generates after `cache.input_ids`, whose first columns have passed, and keeps what passes."""
+        if cache.past_key_values is None:
+            cache.past_key_values = DynamicCache(config=self.backbone.config)
         known = cache.past_key_values.get_seq_length()
         flags = {"use_cache": True, "return_dict_in_generate": True, "output_hidden_states": True}
         if kwargs.get("generation_config") is not None:
@@ -505,8 +493,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         # Windows and recurrent states count columns, padding between the tokens of a row included.
         plain = all(type(layer).__name__ == "DynamicLayer" for layer in cache.past_key_values.layers)
         if not any(counts) or not (plain or len({*map(len, rest)}) == 1) or not cache.crop(columns):
-            columns, rest, cache.past_key_values = 0, prompts, DynamicCache(config=self.backbone.config)
-            cache.past_key_values.activate_past_recording()
+            columns, rest, cache.past_key_values = 0, prompts, None
         more = [part.to(cache.input_ids.device) for part in self.processor.pad(rest)]
         cache.input_ids = torch.cat((cache.input_ids[:, :columns], more[0]), dim=1)
         cache.attention_mask = torch.cat((cache.attention_mask[:, :columns], more[1]), dim=1)
@@ -579,13 +566,11 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             return self.embed_prompts(prompts, mode=mode, batch_size=batch_size)
         if not prompts:
             raise ValueError("queries is empty; a cache or attributions need at least one conversation")
-        if past_key_values is None:
+        if (cache := past_key_values) is None:
             cache = self.prefill(*self.processor.pad(prompts))
         else:
-            self._continue(past_key_values, prompts)
-            cache = self.prefill(past_key_values.input_ids, past_key_values.attention_mask, cache=past_key_values)
-            past_key_values.__dict__.update(cache.__dict__)
-            cache = past_key_values
+            self._continue(cache, prompts)
+            self._pass(cache)
         output = self.embed_prefilled(cache, mode)
         if output.attributions is not None:  # not those of a written query
             output.attributions = output.attributions[:, : cache.input_ids.shape[1]]
