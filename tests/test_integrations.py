@@ -310,18 +310,24 @@ def test_tool_calls_and_results_are_kept():
     ]
     for spelling in spellings:
         assert conversation_of([spelling]) == [{"role": "assistant", "content": "", "tool_calls": [call]}]
-    old = {"role": "assistant", "content": None, "function_call": call["function"]}
-    unnamed = [{"type": "function", "function": call["function"]}]
-    for spelling in (old, AIMessage("", additional_kwargs={"function_call": call["function"]})):
-        assert conversation_of(spelling) == [{"role": "assistant", "content": "", "tool_calls": unnamed}]
+    for field in ({"function_call": call["function"]}, {"refusal": "No."}):
+        for spelling in ({"role": "assistant", "content": None, **field}, AIMessage("", additional_kwargs=field)):
+            assert conversation_of(spelling) == [{"role": "assistant", "content": "", **field}]
     result = {"role": "tool", "content": "A port.", "tool_call_id": "1", "name": "search"}
     for message in (ToolMessage("A port.", tool_call_id="1", name="search"), result):
         assert conversation_of([message]) == [result]
-    for refusal in (
-        {"role": "assistant", "content": None, "refusal": "No."},
-        AIMessage("", additional_kwargs={"refusal": "No."}),
-    ):
-        assert conversation_of([refusal]) == [{"role": "assistant", "content": "No."}]
+
+
+def test_turns_that_say_nothing_are_left_out():
+    pytest.importorskip("langchain_core")
+    from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+
+    from native_retrieval.integrations.langchain import conversation_of
+
+    thoughts = AIMessage([{"type": "thinking", "thinking": "Hm."}])
+    result = ToolMessage("", tool_call_id="1")
+    conversation = conversation_of([HumanMessage(QUESTIONS[0]), thoughts, AIMessage(""), result, HumanMessage("")])
+    assert [message["role"] for message in conversation] == ["user", "tool", "user"]
 
 
 def langchain_queries() -> dict:

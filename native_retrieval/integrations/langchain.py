@@ -61,7 +61,8 @@ def _message(message: Any) -> dict[str, Any] | None:
     fields = {**message.additional_kwargs, **vars(message)}
     if isinstance(message, AIMessage):
         fields["tool_calls"] = [*message.tool_calls, *message.invalid_tool_calls]
-    return message_of(getattr(message, "role", message.type), message.content, fields)
+    role = getattr(message, "role", message.type.removesuffix("MessageChunk").lower())
+    return message_of(role, message.content, fields)
 
 
 class NativeRetrievalEmbeddings(Embeddings):

@@ -6,22 +6,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-ROLES = {
-    "human": "user",
-    "HumanMessageChunk": "user",
-    "ai": "assistant",
-    "AIMessageChunk": "assistant",
-    "chatbot": "assistant",
-    "model": "assistant",
-    "developer": "system",
-    "SystemMessageChunk": "system",
-    "function": "tool",
-    "FunctionMessageChunk": "tool",
-    "ToolMessageChunk": "tool",
-}
+ROLES = {"human": "user", "ai": "assistant", "chatbot": "assistant", "model": "assistant"}
+ROLES |= {"developer": "system", "function": "tool"}  # which fewer chat templates know
 CALLS = {"tool_use", "tool_call", "function_call", "server_tool_call", "invalid_tool_call", "server_tool_use"}
 UNSAID = {"thinking", "redacted_thinking", "reasoning", "reasoning_content", "cache", "cache_point", *CALLS}
-FIELDS = ("tool_calls", "function_call", "refusal", "name", "tool_call_id")  # of a message, beside role and content
+FIELDS = ("function_call", "refusal", "name", "tool_call_id")  # of a message, beside role, content and tool_calls
 TEXT_KEYS = ("text", "page_content", "refusal")
 NESTED_KEYS = ("content", "output", "cited_content", "value", "document", "resource")
 
@@ -52,19 +41,18 @@ def as_conversation(query: Any, convert: Callable[[Any], dict[str, Any] | None])
     messages = [_message(message, i, convert) for i, message in enumerate(query)]
     if not messages:
         raise ValueError("The query has 0 messages, wanted at least 1; give the conversation's messages.")
-    return messages
+    # A turn that says nothing, of thoughts alone for example, is none; an empty last one is for the model to refuse.
+    return [message for message in messages[:-1] if message["content"] or len(message) > 2] + messages[-1:]
 
 
 def message_of(role: str, content: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
     """A message as OpenAI's API has it: `role`, `content` (a string), and of `fields` those in `FIELDS` that are set."""
-    fields = {name: fields[name] for name in FIELDS if fields.get(name)}
-    content = content or fields.pop("refusal", "")
     blocks = content if isinstance(content, list | tuple) else [content]
-    calls = [{"function": fields.pop("function_call")}] if "function_call" in fields else []
-    calls = fields.pop("tool_calls", calls) or [block for block in map(_as_dict, blocks) if _type(block) in CALLS]
+    calls = fields.get("tool_calls") or [block for block in map(_as_dict, blocks) if _type(block) in CALLS]
+    fields = {"tool_calls": [_call(_as_dict(call)) for call in calls], **{name: fields.get(name) for name in FIELDS}}
     role = getattr(role, "value", role)
-    message = {"role": ROLES.get(role, role), "content": text_of(content), **fields}
-    return message | ({"tool_calls": [_call(_as_dict(call)) for call in calls]} if calls else {})
+    message = {"role": ROLES.get(role, role), "content": text_of(content)}
+    return message | {name: value for name, value in fields.items() if value}
 
 
 def text_of(content: Any) -> str:
