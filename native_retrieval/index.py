@@ -18,7 +18,7 @@ import faiss
 import numpy as np
 from filelock import FileLock
 
-from .files import sha256
+from .cache import sha256
 from .teacher import same_teacher
 
 FORMAT_VERSION = 3

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from configuration_native_retrieval import NativeRetrievalConfig
 from modeling_native_retrieval import NativeRetrievalModel
 
-from .files import is_damaged
+from .cache import is_damaged
 
 LOCAL = "_local.json"  # where backbone and teacher are on this machine; files that start with `_` are never pushed
 

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cache import atomic_write
 from .cli import CommandParser, one_line_errors
-from .files import atomic_write
 from .metrics import MEASURES, Qrels, Run, paired_bootstrap, per_query, ranks, wins_ties_losses
 
 UPPER_LINE = "human-rewrite"  # needs a person at every turn, so it is never the best deployable method

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from modeling_native_retrieval import processor_has_bfloat16
 
-from .shards import Advance, cached_rows, slices
+from .cache import Advance, cached_rows, slices
 
 # Fixed for ever: a teacher is recognised by its vectors of these.
 FINGERPRINT_SENTENCES = (

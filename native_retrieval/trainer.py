@@ -24,9 +24,9 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from .cache import seal, sha256
 from .card import push_model, write_model_card
 from .dataset import PROMPT_KEYS, RetrievalExamples, collate
-from .files import seal, sha256
 from .losses import alignment_loss, contrastive_loss, rank_distillation_loss
 from .metrics import per_query
 from .teacher import search
