@@ -12,7 +12,7 @@ from head_native_retrieval import Words
 from torch.distributed.tensor import DTensor
 from transformers import EvalPrediction, ProgressCallback
 
-from .arguments import check_batch
+from .arguments import NativeRetrievalTrainingArguments, check_batch
 from .checkpoints import HeadCheckpoints
 from .dataset import PROMPT_KEYS, GroupedByLength, RetrievalExamples, collate
 from .losses import alignment_loss, loss_parts
@@ -67,7 +67,7 @@ class NativeRetrievalTrainer(HeadCheckpoints):
     def __init__(
         self,
         model,
-        args,
+        args: NativeRetrievalTrainingArguments,
         train_dataset=None,
         eval_dataset=None,
         training_info: dict | None = None,
@@ -269,7 +269,7 @@ class NativeRetrievalTrainer(HeadCheckpoints):
         model = self.accelerator.unwrap_model(self.model)
         if model.query_head.copy_path is None:
             return
-        threshold, mode = model.query_head.copy_path.novelty.threshold, model.config.query_mode
+        threshold, mode = model.query_head.copy_path.repulsion.threshold, model.config.query_mode
         if value is not None:
             threshold.data.fill_(value)
         if value is not None or not self.eval_dataset or not self.args.load_best_model_at_end or self.is_fsdp_enabled:
