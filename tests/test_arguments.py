@@ -161,7 +161,7 @@ def test_a_push_that_would_fail_is_refused_before_training(tmp_path, hub, monkey
 
 @pytest.mark.parametrize("name", ["a/b/c", "me/with blank", "-me/x", "me/x.git", "me/..x"])
 def test_a_malformed_repository_is_refused_before_training(tmp_path, name):
-    model, _, _, training = arguments(tmp_path, "--push_to_hub", "--hub_model_id", name)
+    model, _, _, training = arguments(tmp_path, "--push_to_hub", f"--hub_model_id={name}")
     with pytest.raises(ValueError, match=f"nothing can be pushed to '{re.escape(name)}'") as raised:
         check_push(model, training)
     assert_one_line(raised)
@@ -195,7 +195,7 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
     recipe.write_text(
         f"backbone: a\nlearning_rate: 1.0e-3\nquery_modes: [context, generated]\noutput_dir: {tmp_path}\nresume: true\n"
     )
-    model, data, run, training = parse([str(recipe), "--backbone", "b", "--train-data", "d", "--no_resume"])
+    model, data, run, training = parse([str(recipe), "--backbone", "b", "--train-data", "d", "--resume", "false"])
     assert (model.backbone, training.learning_rate, run.resume) == ("b", 1e-3, False)
     assert data.query_modes == ["context", "generated"] and data.train_data == ["d"]
 

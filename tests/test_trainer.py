@@ -250,7 +250,7 @@ def test_a_checkpoint_of_another_head_is_refused(make_model, examples, tmp_path)
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read"):
-        NativeRetrievalTrainer(make_model(), args, examples(), None).train(resume_from_checkpoint=str(checkpoint))
+        trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_training_seconds_count_what_was_before_an_interruption(tiny_model, examples, tmp_path):
