@@ -3,10 +3,10 @@
 What each part is worth: runs of train.py that differ in one thing, on one data set, judged on its dev split.
 
     # the paper's: every combination of the three losses, and the learning rate of all three
-    python benchmarks/ablation.py losses configs/ablation.yaml --output results/ablation-qrecc.json
+    python benchmarks/ablation.py losses benchmarks/configs/ablation.yaml --output results/ablation-qrecc.json
 
     # ours: words, copy path, layers, probe
-    python benchmarks/ablation.py parts configs/ablation.yaml --output results/ablation-probe.json
+    python benchmarks/ablation.py parts benchmarks/configs/ablation.yaml --output results/ablation-probe.json
 
 Each row is one run, told by its best checkpoint on dev. Rows that are in the output already are not run again, so a
 stopped command goes on. A figure is drawn into `figures/` beside the output. Further words go to train.py.

@@ -3,7 +3,7 @@
 A recipe with each of its data sets left out in turn, judged on the one that was left out: what the head knows of
 conversations whose like it has not seen.
 
-    python benchmarks/left_out.py configs/best.yaml --results results --output results/left-out.json \
+    python benchmarks/left_out.py benchmarks/configs/best.yaml --results results --output results/left-out.json \
         --num_train_epochs 1 --augmentation_share 0
 
 `--results` holds the evaluations of the recipe's own model (`NAME-test.json`, by eval.py), whose generate-then-encode and

@@ -1,13 +1,14 @@
-"""What agents and users put around a question: system prompts, tools, half turns, typos, other topics.
+"""What agents and users put around a question: system prompts, tools, half turns, typos, an earlier topic.
 
-Logs that a head is trained on seldom have them, and real conversations do. [`vary`] and [`behind_others`] add them to a
-training conversation; the question, and so the document that answers it, stays the same. `benchmarks/robustness.py`
-measures with sentences that are not among these.
+Training logs seldom have them, and real conversations do. [`augment`] and [`shift_topic`] add them to a conversation; the
+question stays the same, and so does the document that answers it. `benchmarks/robustness.py` measures with other
+sentences than these.
 """
 
 import json
 import random
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 Conversation = list[dict[str, Any]]
@@ -50,18 +51,18 @@ HALF_TURNS = (
     "Good question. To answer it I need to",
     "Let me find out what is known about this.",
 )
-NUM_OTHER_TURNS = (1, 2, 3, 5, 8, 13, 20)  # few are as hard to tell from one's own as many, and cost less
+NUM_DISTRACTOR_TURNS = (1, 2, 3, 5, 8, 13, 20)  # few are as hard to tell from one's own as many, and cost less
 EMPTY_RESULTS = ("No results.", "[]", "Error: the request timed out.", '{"status": "ok", "items": []}', "Done.")
 
 
-def vary(
+def augment(
     messages: Conversation, passages: Sequence[str], rng: random.Random, rewrite: str | None = None
 ) -> Conversation:
     """
-    The same conversation as it may look in an agent: one or two changes, drawn at random.
+    The same conversation as it may look in an agent: one or two changes, at random.
 
     Args:
-        passages (`list[str]`): what a tool may have returned; seldom what this question is about.
+        passages (`list[str]`): what a tool may have returned; seldom about this question.
         rewrite (`str`, *optional*): the last question in a form that stands alone. It sometimes takes that question's
             place, so that the head learns when the turns before have nothing to add.
     """
@@ -72,9 +73,42 @@ def vary(
     return messages
 
 
-def behind_others(messages: Conversation, others: Sequence[Conversation], rng: random.Random) -> Conversation:
-    """The same conversation behind 1 to 20 user turns of other ones; which, `rng` alone decides, and not the messages."""
-    return with_other_topics(messages, others, _user_turns(messages) + rng.choice(NUM_OTHER_TURNS), rng)
+def shift_topic(messages: Conversation, others: Sequence[Conversation], rng: random.Random) -> Conversation:
+    """The same conversation after 1 to 20 user turns of others; `rng` alone decides which, and not the messages."""
+    return with_distractor_turns(messages, others, _user_turns(messages) + rng.choice(NUM_DISTRACTOR_TURNS), rng)
+
+
+class OtherConversations(Sequence[Conversation]):
+    """
+    The conversations of a data set without those of one name: a view, so that one for each name costs nothing.
+
+    Args:
+        conversations (`list`): of the whole data set.
+        left_out (`list[int]`): places of those that are left out, ascending.
+    """
+
+    def __init__(self, conversations: Sequence[Conversation], left_out: Sequence[int]):
+        self.conversations, self.left_out = conversations, left_out
+
+    def __len__(self) -> int:
+        return len(self.conversations) - len(self.left_out)
+
+    def __getitem__(self, i: int) -> Conversation:
+        for place in self.left_out:
+            if place > i:
+                break
+            i += 1
+        return self.conversations[i]
+
+
+def others_by_name(
+    names: Sequence[Hashable], conversations: Sequence[Conversation]
+) -> Callable[[Hashable], OtherConversations]:
+    """A function from a name to the conversations that have another one."""
+    places = defaultdict(list)
+    for place, name in enumerate(names):
+        places[name].append(place)
+    return lambda name: OtherConversations(conversations, places.get(name, ()))
 
 
 def with_typos(text: str, rng: random.Random) -> str:
@@ -87,8 +121,10 @@ def with_typos(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def with_other_topics(messages: Conversation, others: Sequence[Conversation], count: int, rng: random.Random):
-    """The conversation behind turns of other ones, until it has `count` user turns; as it is if it has them."""
+def with_distractor_turns(
+    messages: Conversation, others: Sequence[Conversation], count: int, rng: random.Random
+) -> Conversation:
+    """The conversation after turns of other ones, until it has `count` user turns; as it is if it has them."""
     room = count - _user_turns(messages) if any(_user_turns(_said(other)) for other in others) else 0
     before: Conversation = []
     while _user_turns(before) < room:

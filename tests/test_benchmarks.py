@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-import train
 from benchmarks import ablation, left_out, robustness
-from modeling_native_retrieval import check_messages
+from native_retrieval.arguments import parse
+from native_retrieval.conversations import check_messages
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Where is Arnwick Lighthouse?"}],
@@ -24,13 +24,13 @@ def test_every_row_of_an_ablation_is_a_recipe_of_its_own(name):
     seen = {tuple(ablation.words_of(row)) for row in rows}
     assert len(seen) == len(rows) == len({row["name"] for row in rows}) >= 10
     for row in rows:
-        train.parse(["configs/ablation.yaml", *ablation.words_of(row)])
+        parse(["benchmarks/configs/ablation.yaml", *ablation.words_of(row)])
 
 
 @pytest.mark.parametrize("name", ["qrecc", "doc2dial", "topiocqa_lead"])
 def test_what_is_left_out_is_trained_on_in_no_form(name):
-    words, source = left_out.without("configs/best.yaml", name, [])
-    _, data, _, _ = train.parse(words)
+    words, source = left_out.without("benchmarks/configs/best.yaml", name, [])
+    _, data, _, _ = parse(words)
     assert source.endswith(name)
     for sources in (data.train_data, data.dev_data, data.plain_text):
         assert sources and not any(name.split("_")[0] in other for other in sources)

@@ -42,13 +42,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import train
-from modeling_native_retrieval import NativeRetrievalModel
 from native_retrieval import features
+from native_retrieval.arguments import NativeRetrievalTrainingArguments
 from native_retrieval.features import FeatureStore, cached_queries
 from native_retrieval.index import DocumentIndex
+from native_retrieval.initialise import from_backbone
 from native_retrieval.loading import load_model
 from native_retrieval.teacher import Teacher
-from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
+from native_retrieval.trainer import NativeRetrievalTrainer
 
 TOLERANCE = 1e-6
 PATIENCE = 120.0  # seconds after which a run counts as one that never ends
@@ -261,8 +262,8 @@ def make_steps(place: Path, small: bool = False) -> list[Step]:
     data = write_beir_folder(place / "beir")
     teacher = Teacher(str(place / "teacher"))
 
-    def new_model() -> NativeRetrievalModel:
-        return NativeRetrievalModel.from_backbone(
+    def new_model():
+        return from_backbone(
             str(place / "backbone"),
             teacher,
             teacher_name_or_path=str(place / "teacher"),
@@ -298,7 +299,7 @@ def make_steps(place: Path, small: bool = False) -> list[Step]:
     def train_py(folder: Path, cache: Path, *more: str) -> None:
         words = ["--backbone", place / "backbone", "--teacher", place / "teacher", "--train_data", data]
         words += ["--dev_data", data, "--output_dir", folder / "out", "--cache_dir", cache, "--plain_text", data]
-        words += ["--query_modes", "context", "generated", "probe", "--num_probe_tokens", 2, "--adapter_rank", 2]
+        words += ["--query_modes", "context", "generated"]
         words += ["--head_dim", 32, "--head_num_attention_heads", 4, "--max_query_tokens", 8, "--rank_top_k", 8]
         words += ["--per_device_train_batch_size", 8, "--lexical_epochs", 1, "--num_plain_texts", 20]
         words += ["--max_prompt_tokens", 100, "--use_cpu", "true", "--seed", 3, "--resume", *more]
@@ -313,10 +314,10 @@ def make_steps(place: Path, small: bool = False) -> list[Step]:
         **{"output_dir": str(place / "out"), "use_cpu": True},
         **{"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False},
     )
-    trainer = NativeRetrievalTrainer(model, arguments, processing_class=model.tokenizer)
+    trainer = NativeRetrievalTrainer(model, arguments)
     other = new_model()
     with torch.no_grad():
-        for parameter in other.head.parameters():
+        for parameter in other.query_head.projection.parameters():
             parameter.add_(1.0)
     other.save_pretrained(place / "other")
 
