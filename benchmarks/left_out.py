@@ -29,7 +29,7 @@ from native_retrieval.data import load_task
 from native_retrieval.loading import load_model
 from native_retrieval.methods import Comparison
 from native_retrieval.metrics import paired_bootstrap, per_query
-from native_retrieval.report import read_result
+from native_retrieval.results import read_result
 
 METHOD, BASELINE = "native-context", "generate-then-encode"
 

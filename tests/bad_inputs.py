@@ -548,7 +548,7 @@ def main() -> int:
         print("bad_inputs: the tests fail, and nothing was written", file=sys.stderr)
         return int(code)
 
-    from native_retrieval.report import write_json
+    from native_retrieval.results import write_json
 
     write_json(
         {"command": f"python tests/bad_inputs.py --output {arguments.output}", "rows": seen.rows}, arguments.output

@@ -8,7 +8,6 @@ from native_retrieval.conversations import full_history, last_question, turns
 from native_retrieval.data import Task, load_task
 from native_retrieval.index import DocumentIndex
 from native_retrieval.methods import METHODS, Comparison
-from native_retrieval.report import METHOD_ORDER
 
 
 @pytest.fixture
@@ -34,10 +33,6 @@ def user(content: str) -> dict[str, str]:
 
 def assistant(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
-
-
-def test_report_knows_every_method_in_this_order():
-    assert [name for name in METHOD_ORDER if name in METHODS] == list(METHODS)
 
 
 def test_every_method_returns_documents_for_every_query(comparison, task, index):
@@ -70,7 +65,7 @@ def test_native_context_alone_writes_no_query(tiny_model, stub_teacher, index, t
 def test_queries_are_written_once_for_all_methods(comparison, tiny_model, monkeypatch):
     calls = []
     write = tiny_model.write_queries
-    monkeypatch.setattr(tiny_model, "write_queries", lambda prefill: calls.append(0) or write(prefill))
+    monkeypatch.setattr(tiny_model, "write_queries", lambda cache: calls.append(0) or write(cache))
     comparison.runs()
     assert len(calls) == 2  # 6 queries in batches of 4
 
@@ -118,7 +113,7 @@ def test_written_queries_lose_quotes_and_are_never_empty(comparison, tiny_model)
         assert comparison.read_query(0, tokenizer(empty)["input_ids"]) == comparison.last_questions[0]
 
 
-def test_the_question_stands_behind_the_written_query(comparison):
+def test_the_question_is_appended_to_the_written_query(comparison):
     plain = comparison.methods["generate-then-encode"].texts
     longer = comparison.methods["generate-then-encode+question"].texts
     assert plain == comparison.written.queries
