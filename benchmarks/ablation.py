@@ -19,8 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.results import read_result, write_json
@@ -76,14 +75,20 @@ def words_of(row: dict) -> list[str]:
     return words
 
 
+def train(words: list[str], output_dir: str) -> None:
+    """Runs train.py. Raises `ValueError` if it fails."""
+    script = Path(__file__).resolve().parent.parent / "train.py"
+    command = [sys.executable, str(script), *words, "--output_dir", output_dir, "--save_total_limit", "1"]
+    if status := subprocess.run(command).returncode:
+        raise ValueError(f"train.py has failed with exit code {status}; its error is above")
+
+
 def run(recipe: str, row: dict, extra: list[str]) -> dict:
     """Trains one row in a temporary folder and returns the row with its dev metrics."""
     words = [recipe, *extra, *words_of(row)]
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        command = [sys.executable, str(ROOT / "train.py"), *words, "--output_dir", folder, "--save_total_limit", "1"]
-        if status := subprocess.run(command).returncode:
-            raise ValueError(f"train.py failed with exit code {status} in the row {row['name']!r}; its error is above")
+        train(words, folder)
         training_info = json.loads((Path(folder) / "training.json").read_text())
     last = training_info["dev"][-1]  # the mean over the dev sets
     metrics = {name: round(last[f"eval_{name}"], 4) for name in ("recall@10", "mrr@10", "ndcg@10")}

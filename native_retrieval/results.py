@@ -269,7 +269,7 @@ def fill_tables(markdown: str, root: Path) -> str:
             only = dict(word.split("=", 1) for word in words if "=" in word)
             filled = rows_table(result["rows"], [word for word in words if "=" not in word], **only)
         command = published_command(result["command"], keep_relative=True)
-        return f"{match['marker']}\n{filled}\n\n`{command}`\n<!-- end -->"
+        return f"{match['marker']}\n{filled.rstrip()}\n\n`{command}`\n<!-- end -->"
 
     pattern = r"(?P<marker><!-- (?P<kind>table|rows): (?P<path>\S+)(?P<words>[^>]*) -->).*?<!-- end -->"
     return re.sub(pattern, table, markdown, flags=re.DOTALL)

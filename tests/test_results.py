@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 
 from native_retrieval.failures import worst_queries
 from native_retrieval.figures import plot_by_turn, plot_map, plot_quality_latency, plot_training
@@ -192,7 +193,7 @@ def test_a_page_takes_the_table_of_an_evaluation(tmp_path):
     for _ in range(2):
         assert main([str(page)]) == 0
         text = page.read_text()
-        assert markdown_table(result) in text and text.endswith("<!-- end -->\n\nText.\n")
+        assert markdown_table(result).rstrip() in text and text.endswith("<!-- end -->\n\nText.\n")
         assert "`python eval.py --model outputs/mine --data 'my data' --split test`" in text
 
 
@@ -223,3 +224,9 @@ def test_a_page_takes_columns_and_rows_of_a_benchmark(tmp_path):
         fill_tables("<!-- rows: none.json way -->x<!-- end -->", tmp_path)
         == "<!-- rows: none.json way -->x<!-- end -->"
     )
+
+
+def test_the_page_of_results_is_filled_from_its_files():
+    page = REPOSITORY / "results" / "README.md"
+    text = page.read_text()
+    assert text.count("<!-- table:") >= 5 and fill_tables(text, page.parent) == text, "run make readme"
