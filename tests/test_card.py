@@ -82,7 +82,16 @@ def add_training_info(folder, **values) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/home/ann/m", "/home/an n/m", "../ann/m", "ann/x/m", "~/ann/m", "C:\\ann y\\m", "\\\\ann\\x\\m", ".ann/m:dev"],
+    [
+        "/home/alice/m",
+        "/home/al ice/m",
+        "../alice/m",
+        "alice/x/m",
+        "~/alice/m",
+        "C:\\alice y\\m",
+        "\\\\alice\\x\\m",
+        ".alice/m:dev",
+    ],
 )
 def test_no_command_on_the_card_has_a_local_folder(saved, tmp_path, path):
     words = [
@@ -103,7 +112,7 @@ def test_no_command_on_the_card_has_a_local_folder(saved, tmp_path, path):
     name = "m:dev" if path.endswith(":dev") else "m"
     assert f"train.py configs/demo.yaml --backbone {name} --teacher some/one --dev_data={name} logs:dev" in card
     assert f"python eval.py --model {name}" in card
-    assert "ann" not in card and "an n" not in card
+    assert "alice" not in card and "al ice" not in card
 
 
 def test_the_card_has_the_license_that_was_given(saved):
@@ -132,7 +141,7 @@ def test_card_needs_a_trained_model(tmp_path):
 def test_a_name_that_the_model_keeps_as_a_base_name_is_a_local_folder(name):
     assert published_source(name, "m") == "m"
     assert published_source(name, name) == name
-    assert published_source("/x/ann/m", None) == "m"
+    assert published_source("/x/alice/m", None) == "m"
 
 
 def python_blocks(card: str) -> list[str]:
@@ -195,7 +204,7 @@ def test_a_push_sends_the_model_and_nothing_else(saved):
     assert set(published_files(saved)) == model | {"figures/training.png"}
 
 
-@pytest.mark.parametrize("name", ["my-backbone", "/home/ann/my-backbone", "models/ann/x"])
+@pytest.mark.parametrize("name", ["my-backbone", "/home/alice/my-backbone", "models/alice/x"])
 def test_a_model_that_nobody_else_could_load_is_not_pushed(saved, monkeypatch, name):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "store_backbone": False, "backbone_name_or_path": name}))

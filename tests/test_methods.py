@@ -162,12 +162,6 @@ def test_bm25_finds_words_by_their_stems_and_nothing_without_any(comparison):
     assert found[4].keys() >= {"d0_1", "d0_2"}
 
 
-def test_a_prompt_that_is_too_long_names_its_query(make_model, stub_teacher, index, task):
-    model = make_model(max_prompt_tokens=12)
-    with pytest.raises(ValueError, match=r"^query 'q6_1': the last turn alone"):
-        Comparison(model, stub_teacher, index, task.queries, ["native-context"])
-
-
 def test_a_conversation_without_text_names_its_query(tiny_model, stub_teacher, index, task):
     rows = [{"_id": "q", "messages": [{"role": "system", "content": "Be kind."}], "rewrite": ""}]
     with pytest.raises(ValueError, match=r"^query 'q': .*no text"):
