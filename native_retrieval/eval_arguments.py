@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .cli import Parser, check_writable, nearest
 from .methods import METHODS
-from .names import is_hub_id
+from .names import check_model_name
 
 
 @dataclass
@@ -52,10 +52,7 @@ class EvalArguments:
             if name not in METHODS:
                 raise ValueError(f"--methods: {name!r} is unknown{nearest(name, METHODS)}; use {', '.join(METHODS)}")
         self.methods = list(dict.fromkeys(self.methods))
-        if not Path(self.model).is_dir() and not is_hub_id(self.model):
-            raise ValueError(
-                f"--model: there is no folder {self.model}, and it is no Hub id; name a folder that train.py wrote, or owner/name"
-            )
+        check_model_name(self.model)
         if self.batch_size < 1:
             raise ValueError(f"--batch_size is {self.batch_size}, wanted at least 1")
         if self.latency_queries < 0:

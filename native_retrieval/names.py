@@ -30,6 +30,14 @@ def is_hub_id(name: str) -> bool:
     return True
 
 
+def check_model_name(name: str) -> None:
+    """Raises `ValueError` unless a name is a folder or a Hub id: of a mistyped path, the Hub might have a stranger's model."""
+    if not Path(name).is_dir() and not is_hub_id(name):
+        raise ValueError(
+            f"model {name} is no directory, and no Hub id (owner/name) either; name a directory that train.py wrote"
+        )
+
+
 def published_name(name: str) -> str:
     """A Hub id as it is; of a local path, of this system or another, the last part alone."""
     return name if is_hub_id(name) else base_name(name)

@@ -131,7 +131,7 @@ def read_result(path: str | os.PathLike[str], *wanted: str) -> dict[str, Any]:
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file, or is damaged ({error}); write it again") from error
+        raise ValueError(f"{path} is no JSON file, or a damaged one ({error}); make it again") from error
     lacking = [name for name in wanted if not isinstance(result, dict) or name not in result]
     if lacking:
         raise ValueError(f"{path} has no field {lacking[0]!r}; pass a file that train.py, eval.py or a benchmark wrote")

@@ -164,10 +164,10 @@ def fails(capsys, arguments: str, *words: str) -> None:
         (f"{GOOD} --figures data/corpus.jsonl", ["--figures", "is a file"]),
         (f"{GOOD} --report page.md --methods native-context", ["--report", "generate-then-encode"]),
         (f"{GOOD} --report data", ["--report: data is a directory", "data/failures.md"]),
-        (GOOD.replace("model model", "model modle"), ["--model", "modle", "no Hub id"]),
-        (GOOD.replace("model model", "model ./modle"), ["--model", "./modle", "no Hub id"]),
-        (GOOD.replace("model model", "model data/modle"), ["--model", "data/modle", "no Hub id"]),
-        (GOOD.replace("model model", "model 'C:\\my models\\m'"), ["--model", "no Hub id"]),
+        (GOOD.replace("model model", "model modle"), ["model modle is no directory", "no Hub id"]),
+        (GOOD.replace("model model", "model ./modle"), ["./modle", "no Hub id"]),
+        (GOOD.replace("model model", "model data/modle"), ["data/modle", "no Hub id"]),
+        (GOOD.replace("model model", "model 'C:\\my models\\m'"), ["no Hub id"]),
     ],
 )
 def test_bad_arguments_are_named_before_anything_is_loaded(arguments, words, capsys, monkeypatch):

@@ -201,7 +201,7 @@ def test_a_damaged_result_is_named(tmp_path, capsys):
     (tmp_path / "test.json").write_text('{"methods": ')
     (tmp_path / "README.md").write_text("<!-- table: test.json -->\n<!-- end -->")
     assert main([str(tmp_path / "README.md")]) == 2
-    assert "test.json is not a JSON file" in capsys.readouterr().err
+    assert "test.json is no JSON file" in capsys.readouterr().err
 
 
 def test_a_page_takes_columns_and_rows_of_a_benchmark(tmp_path):
