@@ -68,7 +68,7 @@ def run(arguments: EvalArguments, command: str) -> None:
     from native_retrieval.data import load_task
     from native_retrieval.failures import write_failure_report
     from native_retrieval.figures import plot_by_turn, plot_quality_latency
-    from native_retrieval.loading import load_model
+    from native_retrieval.loading import load_model, local_paths
     from native_retrieval.results import print_table, write_json
     from native_retrieval.teacher import teacher_of
 
@@ -81,7 +81,8 @@ def run(arguments: EvalArguments, command: str) -> None:
     arguments.check_report(methods)
     # The index is opened before the teacher is loaded, which can take long.
     index = evaluation.open_index(arguments.index, task, model.config) if arguments.index else None
-    teacher = teacher_of(model.config, arguments.teacher, cache_dir=arguments.cache_dir)
+    name = arguments.teacher or local_paths(arguments.model).get("teacher")
+    teacher = teacher_of(model.config, name, cache_dir=arguments.cache_dir)
     if index is None:
         index = evaluation.cached_index(arguments.cache_dir, task, teacher)
     settings = {"batch_size": arguments.batch_size, "latency_queries": arguments.latency_queries, "command": command}

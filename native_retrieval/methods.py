@@ -277,9 +277,11 @@ class Comparison:
 
     def _build_prompts(self) -> list[list[int]]:
         prompts = []
-        for query_id, messages in zip(self.query_ids, self.messages, strict=True):
+        no_tools = [None] * len(self.queries)
+        tools = self.queries["tools"] if "tools" in self.queries.column_names else no_tools
+        for query_id, messages, its_tools in zip(self.query_ids, self.messages, tools, strict=True):
             try:
-                prompts.append(self.model.processor.encode(messages))
+                prompts.append(self.model.processor.encode(messages, tools=its_tools or None))
             except ValueError as error:
                 raise ValueError(f"query {query_id!r}: {error}") from error
         return prompts

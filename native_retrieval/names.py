@@ -20,22 +20,25 @@ _HOME = re.compile(r"~[^/\\]*|/home/[^/]+|(?:[A-Za-z]:)?[/\\]Users[/\\][^/\\]+")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the shape `owner/name` of a Hub id and cannot be meant as a path: `owner` is no folder here."""
-    if name.count("/") != 1 or Path(name.split("/")[0]).is_dir():
-        return False
+    """Whether a name has the shape `owner/name` of a Hub id, and there is no such path here."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return True
+    return name.count("/") == 1 and not Path(name).exists()
 
 
 def check_model_name(name: str) -> None:
     """Raises `ValueError` unless a name is a folder or a Hub id: of a mistyped path, the Hub might have a stranger's model."""
-    if not Path(name).is_dir() and not is_hub_id(name):
+    if not Path(name).is_dir() and (not is_hub_id(name) or _is_inside_a_folder(name)):
         raise ValueError(
-            f"model {name} is no directory, and no Hub id (owner/name) either; name a directory that train.py wrote"
+            f"model {name} is no folder, and no Hub id (owner/name) either; name a folder that train.py wrote"
         )
+
+
+def _is_inside_a_folder(name: str) -> bool:
+    """Whether a name begins with a folder that is here: the rest of it may be mistyped, or gone by now."""
+    return Path(name.split("/")[0]).is_dir()
 
 
 def published_name(name: str) -> str:
@@ -73,6 +76,7 @@ def _published_value(value: str, flag: str) -> str:
     is_path = "/" in value or "\\" in value or value.startswith("~")
     if not is_path or _URL.match(value) or _REPOSITORY_FILE.fullmatch(value) or _TEXT_FLAG.fullmatch(flag):
         return value
-    if is_hub_id(re.sub(r":[^:/\\]+$", "", value)) and not _LOCAL_FLAG.fullmatch(flag):
+    source = re.sub(r":[^:/\\]+$", "", value)
+    if is_hub_id(source) and not _is_inside_a_folder(source) and not _LOCAL_FLAG.fullmatch(flag):
         return value
     return base_name(value)

@@ -239,3 +239,61 @@ def test_the_card_can_be_written_by_an_installed_package(saved, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "# model" in done.stdout
     assert Path(REPOSITORY, "native_retrieval", "py.typed").is_file()
+
+
+def test_saving_over_a_trained_folder_removes_the_checksums_of_the_weights_before(saved):
+    import torch
+
+    from native_retrieval.files import seal, sha256
+    from native_retrieval.loading import load_model
+
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(
+        json.dumps({**config, "teacher_name_or_path": "someone/teacher", "teacher_fingerprint": "0" * 64})
+    )
+    for weights in (saved / "model.safetensors", saved / "backbone" / "model.safetensors"):
+        seal(weights, sha256(weights))
+    model = load_model(saved)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.01)
+    model.save_pretrained(saved)
+    assert torch.equal(load_model(saved).embed_query("Who?"), model.embed_query("Who?"))
+
+    for weights in (saved / "model.safetensors", saved / "backbone" / "model.safetensors"):
+        seal(weights, sha256(weights))
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        with pytest.raises(ValueError, match="not as it was saved"):
+            load_model(saved)
+        content[-1] ^= 1
+        weights.write_bytes(content)
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_no_published_file_holds_a_local_path(backbone_dir, teacher_dir, saved, tmp_path, store):
+    from native_retrieval.initialise import from_backbone
+    from native_retrieval.teacher import Teacher
+
+    model = from_backbone(
+        str(backbone_dir),
+        Teacher(str(teacher_dir)),
+        teacher_name_or_path=str(teacher_dir),
+        store_backbone=store,
+        head_dim=32,
+        head_num_attention_heads=4,
+    )
+    shutil.copy(saved / "training.json", tmp_path)
+    shutil.rmtree(saved)
+    model.save_pretrained(saved)
+    shutil.copy(tmp_path / "training.json", saved)
+    add_training_info(
+        saved, backbone=str(backbone_dir), teacher=str(teacher_dir), command=f"train.py --x {backbone_dir}"
+    )
+    write_model_card(saved)
+    folders = {str(backbone_dir.parent).encode(), str(teacher_dir.parent).encode(), str(tmp_path).encode()}
+    for name in published_files(saved):
+        content = (saved / name).read_bytes()
+        assert not [folder for folder in folders if folder in content], name
+    assert backbone_dir.name in (saved / "README.md").read_text()

@@ -164,7 +164,7 @@ def fails(capsys, arguments: str, *words: str) -> None:
         (f"{GOOD} --figures data/corpus.jsonl", ["--figures", "is a file"]),
         (f"{GOOD} --report page.md --methods native-context", ["--report", "generate-then-encode"]),
         (f"{GOOD} --report data", ["--report: data is a directory", "data/failures.md"]),
-        (GOOD.replace("model model", "model modle"), ["model modle is no directory", "no Hub id"]),
+        (GOOD.replace("model model", "model modle"), ["model modle is no folder", "no Hub id"]),
         (GOOD.replace("model model", "model ./modle"), ["./modle", "no Hub id"]),
         (GOOD.replace("model model", "model data/modle"), ["data/modle", "no Hub id"]),
         (GOOD.replace("model model", "model 'C:\\my models\\m'"), ["no Hub id"]),

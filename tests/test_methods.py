@@ -166,3 +166,21 @@ def test_a_conversation_without_text_names_its_query(tiny_model, stub_teacher, i
     rows = [{"_id": "q", "messages": [{"role": "system", "content": "Be kind."}], "rewrite": ""}]
     with pytest.raises(ValueError, match=r"^query 'q': .*no text"):
         Comparison(tiny_model, stub_teacher, index, Dataset.from_list(rows), ["last-question"])
+
+
+def test_the_tools_of_a_row_are_in_its_prompt(tiny_model, stub_teacher, index, monkeypatch):
+    tools = [{"type": "function", "function": {"name": "search", "parameters": {}}}]
+    rows = [
+        {"_id": name, "messages": [user("Who?")], "rewrite": "", "tools": its}
+        for name, its in (("a", tools), ("b", []))
+    ]
+    queries = Dataset.from_list(rows)
+    encode, seen = type(tiny_model.processor).encode, []
+
+    def spy(self, messages, *, tools=None, **kwargs):
+        seen.append(tools)
+        return encode(self, messages, tools=tools, **kwargs)
+
+    monkeypatch.setattr(type(tiny_model.processor), "encode", spy)
+    Comparison(tiny_model, stub_teacher, index, queries, ["native-context"])
+    assert [its and its[0]["function"]["name"] for its in seen] == ["search", None]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from native_retrieval.names import is_hub_id, published_command, published_name
+from native_retrieval.names import check_model_name, is_hub_id, published_command, published_name
 
 LOCAL = {
     "/home/alice/m": "m",
@@ -90,12 +90,32 @@ def test_the_value_of_a_flag_for_folders_is_never_taken_for_a_hub_id(flag):
     assert published_command(f"eval.py {flag}=alice/m --model me/mine") == f"eval.py {flag}=m --model me/mine"
 
 
-def test_a_folder_here_is_no_hub_id(tmp_path, monkeypatch):
+def test_what_begins_with_a_folder_here_is_meant_as_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert is_hub_id("outputs/mine") and published_command("x --model outputs/mine") == "x --model outputs/mine"
+    check_model_name("outputs/mine")
+    assert published_command("x --model outputs/mine") == "x --model outputs/mine"
     (tmp_path / "outputs").mkdir()
-    assert not is_hub_id("outputs/mine"), "mistyped or not, this is meant as a path"
+    assert is_hub_id("outputs/mine") and published_name("outputs/mine") == "outputs/mine"
+    with pytest.raises(ValueError, match="no folder"):
+        check_model_name("outputs/mine")
     assert published_command("x --model outputs/mine --data outputs/d:dev") == "x --model mine --data d:dev"
+    (tmp_path / "outputs" / "mine").mkdir()
+    check_model_name("outputs/mine")
+    assert not is_hub_id("outputs/mine") and published_name("outputs/mine") == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["mine", "./mine", "../mine", "a/b/c", "~/mine", "C:\\my models\\m", "file", "/mine", "a b/c", "mine/"]
+)
+def test_a_mistyped_path_is_never_asked_of_the_hub(name, monkeypatch, tmp_path):
+    from native_retrieval import loading
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: pytest.fail("the Hub is asked"))
+    for load in (loading.load_model, loading.load_head, loading.model_folder):
+        with pytest.raises(ValueError, match="no folder, and no Hub id"):
+            load(name)
 
 
 def test_prose_and_empty_words_are_left_alone():
