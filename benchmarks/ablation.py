@@ -3,10 +3,10 @@
 The effect of each part: runs of train.py that differ in one setting, evaluated on the dev split of one data set.
 
     # as in the paper: every combination of the three losses, and the learning rate of all three
-    python benchmarks/ablation.py losses configs/ablation.yaml --output results/ablation-losses.json
+    python benchmarks/ablation.py losses benchmarks/configs/ablation.yaml --output results/ablation-losses.json
 
     # lexical pre-training, copy path, layers
-    python benchmarks/ablation.py parts configs/ablation.yaml --output results/ablation-parts.json
+    python benchmarks/ablation.py parts benchmarks/configs/ablation.yaml --output results/ablation-parts.json
 
 Each row is one run, measured at its best dev checkpoint. Rows that the output already has are not run again, so a stopped
 command can be resumed. A figure is drawn into `figures/` beside the output. Other flags are passed to train.py.

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex, default_kind
-from native_retrieval.results import environment
+from native_retrieval.report import environment
 
 TOP_K = 10
 # One build serves all its search parameters.

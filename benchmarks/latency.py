@@ -35,7 +35,7 @@ from modeling_native_retrieval import Probe, processor_has_bfloat16
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex
 from native_retrieval.loading import load_model, model_folder, share_keys_among_heads
-from native_retrieval.results import environment
+from native_retrieval.report import environment
 from native_retrieval.teacher import Teacher
 
 WARM_UP = 2

@@ -2,7 +2,7 @@
 """
 Zero-shot quality: a recipe is trained without each of its data sets in turn, and evaluated on the one that was left out.
 
-    python benchmarks/left_out.py configs/best.yaml --results results --output results/left-out.json \
+    python benchmarks/left_out.py benchmarks/configs/best.yaml --results results --output results/left-out.json \
         --num_train_epochs 1 --augmentation_share 0
 
 `--results` holds the evaluations of the recipe's own model (`NAME-test.json`, by eval.py); their generate-then-encode and
@@ -24,7 +24,7 @@ from native_retrieval.arguments import parse
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_task
 from native_retrieval.evaluation import cached_index
-from native_retrieval.loading import load_model
+from native_retrieval.loading import load_model, local_paths
 from native_retrieval.methods import Comparison
 from native_retrieval.metrics import paired_bootstrap, per_query
 from native_retrieval.results import read_result, write_json
@@ -54,7 +54,9 @@ def without(recipe: str, name: str, extra: list[str]) -> tuple[list[str], str]:
 def judge(model_dir: str, source: str, own: dict, cache_dir: str) -> dict:
     """Measures a model on the test split of a data set that it has not seen, beside `own`, the recipe's own model."""
     task, model = load_task(source, "test"), load_model(model_dir)
-    index = cached_index(cache_dir, task, teacher_of(model.config, cache_dir=cache_dir))
+    index = cached_index(
+        cache_dir, task, teacher_of(model.config, local_paths(model_dir).get("teacher"), cache_dir=cache_dir)
+    )
     comparison = Comparison(model, None, index, task.queries, [METHOD])
     seen = per_query(comparison.runs()[METHOD], task.qrels, comparison.query_ids)
     row = {}

@@ -57,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     # Not above: serving.py draws with this file, and vLLM's environment lacks what it imports.
-    from native_retrieval.results import environment
+    from native_retrieval.report import environment
 
     model = load_model(arguments.model)
     conversations = read_conversations(Path(arguments.queries))

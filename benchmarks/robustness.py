@@ -25,7 +25,7 @@ from native_retrieval.augmentation import with_other_topics, with_typos
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_task
 from native_retrieval.evaluation import cached_index
-from native_retrieval.loading import load_model
+from native_retrieval.loading import load_model, local_paths
 from native_retrieval.methods import METHODS, Comparison
 from native_retrieval.metrics import paired_bootstrap, per_query
 from native_retrieval.results import write_json
@@ -139,7 +139,8 @@ def main() -> None:
     arguments = parser.parse_args()
     task = load_task(arguments.data, arguments.split)
     model = load_model(arguments.model)
-    index = cached_index(arguments.cache_dir, task, teacher_of(model.config, cache_dir=arguments.cache_dir))
+    teacher = teacher_of(model.config, local_paths(arguments.model).get("teacher"), cache_dir=arguments.cache_dir)
+    index = cached_index(arguments.cache_dir, task, teacher)
     everyone = list(task.queries["messages"])
     # A later turn of the same conversation would bring the answer, and is no other topic.
     others = [

@@ -22,7 +22,7 @@ import torch
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_queries
 from native_retrieval.loading import load_model
-from native_retrieval.results import environment
+from native_retrieval.report import environment
 
 BATCH_SIZE = 4  # the bare backbone's fastest on two cores, of 1 to 32; a GPU wants 32 and more
 

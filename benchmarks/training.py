@@ -29,7 +29,7 @@ from native_retrieval.data import load_task
 from native_retrieval.dataset import RetrievalExamples, build_examples, collate
 from native_retrieval.features import FeatureStore
 from native_retrieval.losses import alignment_loss
-from native_retrieval.results import environment
+from native_retrieval.report import environment
 from native_retrieval.teacher import Teacher
 from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
 

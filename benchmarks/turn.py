@@ -27,7 +27,7 @@ from benchmarks.latency import QUERY_TOKENS, TOP_K, conversation_of
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex
 from native_retrieval.loading import load_model
-from native_retrieval.results import environment
+from native_retrieval.report import environment
 from native_retrieval.teacher import Teacher
 
 NUM_DOCUMENTS = 3  # that stand before the answer

@@ -716,7 +716,7 @@ class Demo:
         self.workspace.record("model", inputs)
 
     def evaluate(self) -> None:
-        from native_retrieval.results import print_table
+        from native_retrieval.report import print_table
 
         self._heading("Compare with other ways to search, on the synthetic and on the handwritten test set")
         for name, folder in (("synthetic", self.synthetic), ("handwritten", self.handwritten)):
