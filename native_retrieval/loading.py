@@ -79,7 +79,7 @@ def load_head(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
 
 
 def local_paths(folder: str | os.PathLike) -> dict[str, str]:
-    """The local folders of `backbone` and `teacher` of a model in this folder: those that its training used and that exist."""
+    """The folders of `backbone` and `teacher` that a model was trained with, as far as they are on this machine."""
     path = Path(folder, LOCAL)
     paths = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {name: path for name, path in paths.items() if os.path.isdir(path)}
