@@ -10,6 +10,7 @@ Ships to the Hub beside the configuration, the processor and the head; imports t
 import copy
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -197,6 +198,10 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             self.save_pretrained(save_directory, *args, **kwargs)
             return self.push_to_hub(repo_id, **hub)
+        if kwargs.get("is_main_process", True):  # train.py's checksums are of the weights that are replaced now
+            for pattern in ("*.safetensors.sha256", f"{BACKBONE}/*.safetensors.sha256"):
+                for checksum in Path(save_directory).glob(pattern):
+                    checksum.unlink()
         given = kwargs.pop("state_dict", None)
         if given is None and self.backbone is not None and self.processor is not None:
             self.set_reference()

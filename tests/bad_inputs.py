@@ -244,7 +244,7 @@ def recipe(input: str, text: str | bytes, *says: str) -> Row:
 
 
 def evaluate(words: str, *says: str, **more: Any) -> Row:
-    return Row("eval.py", words, command("eval", f"{EVAL} {words}"), says, **more)
+    return Row("eval.py", words, script("eval.py", f"{EVAL} {words}"), says, **more)
 
 
 def module(name: str, words: str, *says: str, **more: Any) -> Row:
@@ -368,7 +368,7 @@ ROWS = [
     evaluate("--index bad", "bad/index.faiss: truncated or changed", "build it again", copy="index", files={"bad/index.faiss": b"x"}),
     evaluate("--output out.txt", "'out.txt'", "ends in .json"),
     evaluate("--figures notes.txt", "notes.txt is a file", "name another place", files={"notes.txt": "a"}),
-    Row("eval.py", "no model", command("eval", "--data data --output out.json"), ("--model", "required")),
+    Row("eval.py", "no model", script("eval.py", "--data data --output out.json"), ("--model", "required")),
     # The other commands
     module("export", "model", "output", "required", "--help"),
     module("export", "nowhere exported", "nowhere", "is no directory"),
@@ -391,10 +391,10 @@ ROWS = [
     module("synthesis", "--corpus bad --output new", "corpus.jsonl:1", "not UTF-8", files={"bad/corpus.jsonl": b"\xff"}),
     module("synthesis", "--corpus data --output new --llm nowhere", "--llm nowhere cannot be loaded"),
     module("synthesis", "--corpus data --output new --sede 3", "'--sede'", "--help"),
-    module("report", "", "pages", "required", "--help"),
-    module("report", "nowhere.md", "nowhere.md"),
-    module("report", "page.md", "notes.json is no JSON file", "make it again", files={"page.md": "<!-- table: notes.json --><!-- end -->", "notes.json": "{"}),
-    module("report", "page.md", "notes.json has no field 'rows'", files={"page.md": "<!-- rows: notes.json a --><!-- end -->", "notes.json": "{}"}),
+    module("results", "", "pages", "required", "--help"),
+    module("results", "nowhere.md", "nowhere.md"),
+    module("results", "page.md", "notes.json is no JSON file", "make it again", files={"page.md": "<!-- table: notes.json --><!-- end -->", "notes.json": "{"}),
+    module("results", "page.md", "notes.json has no field 'rows'", files={"page.md": "<!-- rows: notes.json a --><!-- end -->", "notes.json": "{}"}),
     module("attributions", "--model model --data data --ids q99 --output words.png", "'q99' is not in data", "queries.jsonl"),
     module("attributions", "--model backbone --data data --output words.png", "'llama'", "that train.py wrote"),
     run("examples/quickstart.py", "nowhere index", "quickstart.py", "nowhere", "is no directory"),
@@ -548,7 +548,7 @@ def main() -> int:
         print("bad_inputs: the tests fail, and nothing was written", file=sys.stderr)
         return int(code)
 
-    from native_retrieval.report import write_json
+    from native_retrieval.results import write_json
 
     write_json(
         {"command": f"python tests/bad_inputs.py --output {arguments.output}", "rows": seen.rows}, arguments.output
