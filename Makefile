@@ -84,7 +84,7 @@ bench-quick: $(DEV) ## The query path, the turn, throughput and a small index, i
 		--rounds 10 --output $(BENCH_DIR)/bench-latency.json
 	@$(BIN)/python benchmarks/turn.py --model $(MODEL) --index $(INDEX) --lengths 256 --rounds 3 \
 		--output $(BENCH_DIR)/bench-turn.json
-	@$(BIN)/python benchmarks/throughput.py --model $(MODEL) --data $(DATA) --conversations 200 --rounds 1 \
+	@$(BIN)/python benchmarks/throughput.py --model $(MODEL) --data $(DATA) --conversations 200 \
 		--output $(BENCH_DIR)/bench-throughput.json
 	@$(BIN)/python benchmarks/index.py --index $(INDEX) --vectors 100000 --output $(BENCH_DIR)/bench-index.json
 

@@ -46,7 +46,7 @@ kept $index || run python -m native_retrieval.build_index \
     --corpus $data/corpus --teacher $assets/all-MiniLM-L6-v2 --output $index --cache_dir $state/cache
 
 step "Train the head; the language model (the backbone) stays as it is"
-kept $model/config.json || run python train.py configs/demo.yaml \
+kept $model/README.md || run python train.py configs/demo.yaml \
     --backbone $assets/SmolLM2-135M-Instruct --teacher $assets/all-MiniLM-L6-v2 \
     --train_data $data/synthetic --dev_data $data/synthetic --plain_text $assets/wikipedia \
     --output_dir $model --cache_dir $state/cache --resume $training
@@ -54,7 +54,7 @@ kept $model/config.json || run python train.py configs/demo.yaml \
 step "Compare with other ways to search, on the synthetic and on the handwritten test set"
 for name in synthetic handwritten; do
     output=$results/demo-$name-test.json
-    { [ $output -nt $model/config.json ] && kept $output; } || run python eval.py \
+    { [ $output -nt $model/README.md ] && kept $output; } || run python eval.py \
         --model $model --data $data/$name --split test --index $index \
         --output $output --figures $results/figures --cache_dir $state/cache $evaluation
 done

@@ -175,7 +175,7 @@ done
 case "$output" in
     "") ;;
     *.json) mkdir -p "$(dirname "$output")"; echo "{}" > "$output";;
-    *) mkdir -p "$output"; touch "$output/config.json";;
+    *) mkdir -p "$output"; touch "$output/README.md";;
 esac
 """
 
@@ -237,7 +237,7 @@ def test_a_result_is_written_again_for_a_new_model(clone: Path):
     (clone / "results" / "demo-synthetic-test.json").touch()  # as in a new clone
     _, commands = demo(clone)
     assert [script(command) for command in commands].count("eval.py") == 2
-    (clone / ".cache" / "demo" / "model" / "config.json").unlink()
+    (clone / ".cache" / "demo" / "model" / "README.md").unlink()
     _, commands = demo(clone)
     assert [script(command) for command in commands[2:]] == ["train.py", "eval.py", "eval.py", "examples/agent.py"]
 
