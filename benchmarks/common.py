@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from native_retrieval.cli import CommandParser
+from native_retrieval.loading import local_paths, model_folder
 
 TEXT = (
     "The lighthouse stands on the northern cape and was first lit in 1874, after two ships had been lost in one winter. Its "
@@ -43,6 +44,13 @@ def write(result: dict[str, Any], output: str, draw: Callable[[dict, Path], None
     if draw:
         (path.parent / "figures").mkdir(exist_ok=True)
         draw(result, path.parent / "figures" / f"{path.stem}.png")
+
+
+def teacher_for(config, model: str, **settings):
+    """The teacher that the model of this name or path was trained towards."""
+    from native_retrieval.teacher import teacher_of  # not in the processes whose memory is measured
+
+    return teacher_of(config, local_paths(model_folder(model)).get("teacher"), **settings)
 
 
 @contextmanager

@@ -26,20 +26,19 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.common import parser as command_parser
-from benchmarks.common import prompt_of, write
+from benchmarks.common import prompt_of, teacher_for, write
 from configuration_native_retrieval import NativeRetrievalConfig
 from native_retrieval.cli import one_line_errors
 from native_retrieval.index import DocumentIndex
-from native_retrieval.loading import load_model, model_folder, processor_has_bfloat16
+from native_retrieval.loading import float32_is_faster, load_model, model_folder
 from native_retrieval.results import environment
-from native_retrieval.teacher import Teacher
 
 WARM_UP = 2
 TOP_K = 10
 # The longest query that is kept. On QReCC's conversations the median is 11 tokens, but one made of repeated text runs on.
 QUERY_TOKENS = 11
 DTYPES = ("bfloat16", "float32")
-COMPUTED = DTYPES if torch.cuda.is_available() or processor_has_bfloat16() else ("float32",)
+COMPUTED = ("float32",) if float32_is_faster() else DTYPES
 METHODS = ("generate-then-encode", "native-generated", "native-context")
 COMPARED = ("decode step", "head on the query", "teacher on the query")
 PARTS = {"decode": "#E69F00", "teacher": "#6E6E6E", "head": "#0072B2", "search": "#222222"}
@@ -175,7 +174,7 @@ def measure(model, teacher, index, tokens: int, dtype: str, rounds: int) -> list
 MEMORY = """
 import resource, sys, torch
 torch.set_num_threads({threads})
-from benchmarks.common import prompt_of
+from benchmarks.common import prompt_of, teacher_for
 from native_retrieval.index import DocumentIndex
 from native_retrieval.loading import load_model
 model, index = load_model({model!r}), DocumentIndex.load({index!r})
@@ -183,25 +182,22 @@ ids = torch.tensor([prompt_of(model.processor, 256)])
 if {mode!r}:
     vectors = model.embed_query(ids, mode={mode!r}, return_cache=True).query_embeddings.float().cpu().numpy()
 else:
-    from native_retrieval.teacher import Teacher
-    _, (query,) = model.write_queries(model.prefill(ids))
-    vectors = Teacher({teacher!r}, {revision!r}).encode([model.tokenizer.decode(query) or "."])
+        _, (query,) = model.write_queries(model.prefill(ids))
+    vectors = teacher_for(model.config, {model!r}).encode([model.tokenizer.decode(query) or "."])
 index.search(vectors, 10)
 print("sentence_transformers" in sys.modules, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
-def peak_memory(arguments, config) -> dict[str, int]:
+def peak_memory(arguments) -> dict[str, int]:
     """
     MiB at the peak of a new process that serves one method, at 256 prompt tokens. It starts at the peak of the process that
     calls this: call it before loading a model.
     """
     peaks = {}
     for name, mode in zip(METHODS, ("", "generated", "context"), strict=True):
-        program = MEMORY.format(
-            **{"threads": arguments.threads, "model": arguments.model, "index": arguments.index, "mode": mode},
-            **{"teacher": config.teacher_name_or_path, "revision": config.teacher_revision},
-        )
+        names = {"threads": arguments.threads, "model": arguments.model, "index": arguments.index}
+        program = MEMORY.format(mode=mode, **names)
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         teacher_loaded, peak = done.stdout.split()[-2:]
         assert (teacher_loaded == "True") == (not mode), "a native method has loaded the embedding model"
@@ -253,8 +249,8 @@ def main() -> None:
     index = DocumentIndex.load(arguments.index)
     config = NativeRetrievalConfig.from_pretrained(model_folder(arguments.model))
     index.check_model(config)
-    peaks = peak_memory(arguments, config)
-    teacher = Teacher(config.teacher_name_or_path, config.teacher_revision)
+    peaks = peak_memory(arguments)
+    teacher = teacher_for(config, arguments.model)
     rows = []
     for dtype in arguments.dtypes:
         model = load(arguments.model, dtype, arguments.lengths)

@@ -37,7 +37,7 @@ from benchmarks.load import draw as draw_memory
 from native_retrieval.cli import one_line_errors
 from native_retrieval.data import read_conversations
 from native_retrieval.integrations.vllm import backbone_of, serve_command
-from native_retrieval.loading import load_model, model_folder
+from native_retrieval.loading import load_model, local_paths, model_folder
 
 NAME, PORT, TEACHER_PORT = "native-retrieval", 8021, 8022
 CHECKED, AT_ONCE, LEAST_COSINE = 200, 200, 0.999
@@ -245,9 +245,11 @@ def main() -> None:
             return
     with server(serve_command(words.model, LONGEST), PORT):  # anew: nothing of the check is in its cache
         rows = measure(ONE, native_turn, [PORT], warm, parts)
-    backbone, config = backbone_of(model_folder(words.model))
+    folder = model_folder(words.model)
+    backbone, config = backbone_of(folder)
+    encoder = local_paths(folder).get("teacher") or config.teacher_name_or_path
     plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-    encoder = [*plain, config.teacher_name_or_path, "--served-model-name", "teacher", "--runner", "pooling"]
+    encoder = [*plain, encoder, "--served-model-name", "teacher", "--runner", "pooling"]
     with server([*plain, backbone, "--served-model-name", NAME, *LONGEST], PORT), server(encoder, TEACHER_PORT):
         turn = partial(two_model_turn, query_prompt=config.query_prompt)
         rows += measure(TWO, turn, [PORT, TEACHER_PORT], warm, parts)

@@ -20,13 +20,12 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.common import parser as command_parser
-from benchmarks.common import plot, prompt_of, write
+from benchmarks.common import plot, prompt_of, teacher_for, write
 from benchmarks.latency import QUERY_TOKENS, TOP_K
 from native_retrieval.cli import one_line_errors
 from native_retrieval.index import DocumentIndex
 from native_retrieval.loading import load_model
 from native_retrieval.results import environment
-from native_retrieval.teacher import Teacher
 
 NUM_DOCUMENTS = 3  # before the answer
 NEXT_QUESTION = "<|im_end|>\n<|im_start|>user\nAnd who was the first keeper?<|im_end|>\n<|im_start|>assistant\n"
@@ -112,7 +111,7 @@ def main() -> None:
     index.check_model(model.config)
     model.processor.max_prompt_tokens = max(arguments.lengths) + 1024
     model.config.max_query_tokens = QUERY_TOKENS
-    turn = Turn(model, Teacher(model.config.teacher_name_or_path, model.config.teacher_revision), index)
+    turn = Turn(model, teacher_for(model.config, arguments.model), index)
     rows = [row for tokens in arguments.lengths for row in measure(turn, tokens, arguments.rounds)]
     for row in rows:
         print(f"{row['history_tokens']:5} tokens  {row['method']:42} {row['first_token_ms']:9.1f} ms")

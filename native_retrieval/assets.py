@@ -7,6 +7,7 @@ What the demo runs on: a small language model, an embedding model and Wikipedia 
 What is there already is kept. Remove a folder to have it made again.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from .cli import CommandParser, one_line_errors
-from .files import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = Path(__file__).with_name("demo-assets.txt")
@@ -73,6 +73,10 @@ def read_requirements(path: Path = REQUIREMENTS) -> dict[str, tuple[str, str]]:
         name, version, checksum = found.groups()
         wheels[name] = (f"{name.replace('-', '_')}-{version}-py3-none-any.whl", checksum)
     return wheels
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def fetch_wheels(folder: Path, requirements: Path = REQUIREMENTS) -> dict[str, Path]:

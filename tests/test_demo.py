@@ -14,7 +14,6 @@ import pytest
 from conftest import REPOSITORY
 
 from native_retrieval import assets, build_index
-from native_retrieval.files import sha256
 
 ROWS = [{"_id": name, "title": name, "text": f"{name} is a letter."} for name in "ABCDEFGHIJ"]
 TEACHER_FINGERPRINT = "6d197479dfe2925ab325f570a415bc7f12aa49867e6e030cc9d631a5a4f1ad01"
@@ -40,7 +39,7 @@ def pinned(folder: Path, content: bytes) -> tuple[Path, Path]:
     """(a wheel of this content, the requirements that pin it)."""
     wheel = folder / "thing-1.0-py3-none-any.whl"
     wheel.write_bytes(content)
-    (folder / "assets.txt").write_text(f"thing==1.0 --hash=sha256:{sha256(wheel)}\n")
+    (folder / "assets.txt").write_text(f"thing==1.0 --hash=sha256:{assets.sha256(wheel)}\n")
     return wheel, folder / "assets.txt"
 
 
