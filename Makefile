@@ -126,8 +126,8 @@ audit: ## Look the pinned dependencies up in the public advisories (needs the ne
 	@$(PYTHON) -m venv .cache/audit && .cache/audit/bin/python -m pip install --quiet pip-audit
 	@.cache/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
-readme: $(DEV) ## Fill the README's tables from results/
-	@$(BIN)/python -m native_retrieval.report README.md
+readme: $(DEV) ## Fill the tables of the README and of results/ from the result files
+	@$(BIN)/python -m native_retrieval.results README.md results/README.md
 
 lint: $(DEV) ## Check style and likely mistakes
 	@$(BIN)/ruff check .
