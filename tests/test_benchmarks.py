@@ -12,7 +12,7 @@ import torch
 import train
 from benchmarks import ablation, common, latency, left_out, robustness, training
 from benchmarks import index as index_benchmark
-from modeling_native_retrieval import check_messages
+from processing_native_retrieval import check_messages
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Where is Arnwick Lighthouse?"}],
