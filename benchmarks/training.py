@@ -21,15 +21,16 @@ import torch
 
 from benchmarks.common import parser as command_parser
 from benchmarks.common import write
+from native_retrieval.arguments import DataArguments, NativeRetrievalTrainingArguments
 from native_retrieval.cli import one_line_errors
 from native_retrieval.data import load_task
-from native_retrieval.dataset import RetrievalExamples, build_examples, collate
+from native_retrieval.dataset import QuerySet, RetrievalExamples, build_examples, collate
 from native_retrieval.features import FeatureStore
 from native_retrieval.initialise import from_backbone
 from native_retrieval.losses import alignment_loss
 from native_retrieval.results import environment
 from native_retrieval.teacher import Teacher
-from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
+from native_retrieval.trainer import NativeRetrievalTrainer
 
 RANKED, RANKING_K = 50_000, 128
 CACHED_QUERIES, CACHED_TOKENS, MEMORY_STEPS, BATCH_SIZE = 50_000, 40, 40, 64
@@ -57,8 +58,10 @@ def hidden_states(model, teacher, task, folder: str, count: int) -> list[dict]:
     queries = task.queries.select(range(min(count, len(task.queries))))
     wanted = {document for gold in queries["gold"] for document in gold}
     corpus = task.corpus.select([i for i, document in enumerate(task.corpus["_id"]) if document in wanted])
+    queries = QuerySet(task.name, queries, corpus)
     for what, online in (("an epoch, hidden states online", True), ("an epoch, hidden states cached", False)):
-        examples = build_examples(model, teacher, queries, corpus, "context", cache_dir=folder, online_features=online)
+        arguments = DataArguments(cache_dir=folder, online_features=online)
+        examples = build_examples(model, teacher, queries, arguments)
         rows.append(row_of(what, len(queries), train_epoch(model, examples, folder)))
     rows[1]["of_online"] = round(rows[1]["seconds"] / rows[0]["seconds"], 4)
     return rows

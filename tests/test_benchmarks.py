@@ -64,12 +64,14 @@ def made(
     make_taught_model, backbone_dir: Path, teacher_dir: Path, beir_data: Path, tmp_path_factory
 ) -> SimpleNamespace:
     """What `make bench` measures, tiny: paths of a model, its index, its backbone, its teacher and data."""
+    from native_retrieval.checkpoints import write_local_paths
     from native_retrieval.data import load_corpus
     from native_retrieval.index import DocumentIndex
 
     folder = tmp_path_factory.mktemp("made")
     model, teacher = make_taught_model()
     model.save_pretrained(folder / "model")
+    write_local_paths(folder / "model", teacher=str(teacher_dir))
     corpus = load_corpus(beir_data)
     DocumentIndex.build(corpus, teacher.documents(corpus), teacher.fingerprint, "tiny", folder / "index")
     paths = {"model": folder / "model", "index": folder / "index", "backbone": backbone_dir, "teacher": teacher_dir}

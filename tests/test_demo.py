@@ -306,14 +306,18 @@ def test_the_demo_installs_what_it_needs_and_no_more(tmp_path: Path):
 
 
 def test_an_install_is_taken_up_again_until_it_has_ended(tmp_path: Path):
+    def touch(name: str, seconds: int) -> None:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (seconds, seconds))
+
     (tmp_path / ".venv").mkdir()  # as an interrupted one leaves it
     assert "pip install" in make(tmp_path, "demo")
-    (tmp_path / ".venv" / ".installed-demo").touch()
+    touch(".venv/.installed-demo", 1)
     assert "pip install" not in make(tmp_path, "demo")
     assert ".[dev]" in make(tmp_path, "test"), "the demo's packages are not all"
-    (tmp_path / ".venv" / ".installed-dev").touch()
+    touch(".venv/.installed-dev", 1)
     assert "pip install" not in make(tmp_path, "test", "demo")
-    os.utime(tmp_path / "constraints.txt")
+    touch("constraints.txt", 2)
     assert ".[dev]" in make(tmp_path, "test"), "other versions are installed"
 
 
