@@ -18,13 +18,12 @@ import sys
 from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Router
 from transformers.utils import logging
 
 from modeling_native_retrieval import NativeRetrievalModel
 
 from .cli import CommandParser, one_line_errors
-from .integrations.native_query import NativeQuery
+from .integrations.native_query import NativeQuery, NativeRouter
 from .loading import load_model
 from .teacher import teacher_of
 
@@ -41,7 +40,7 @@ def to_sentence_transformer(model: NativeRetrievalModel, teacher: str | None = N
         `ValueError`: if the teacher is not the one that the model was trained towards.
     """
     documents = teacher_of(model.config, teacher)
-    router = Router.for_query_document([NativeQuery(model.eval())], list(documents.model.children()))
+    router = NativeRouter.for_query_document([NativeQuery(model.eval())], list(documents.model.children()))
     # The model has learnt the vectors that the teacher gives to prompted queries; documents keep their prompt.
     prompts = {**documents.model.prompts, "query": ""}
     return SentenceTransformer(modules=[router], prompts=prompts, similarity_fn_name="cosine")
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandParser("python -m native_retrieval.export", __doc__)
     parser.add_argument("model", help="folder or Hub id of a model that train.py wrote")
     parser.add_argument("output", help="a new folder")
-    parser.add_argument("--teacher", help="its teacher, by name or path, if it lies elsewhere than at training")
+    parser.add_argument("--teacher", help="name or path of the teacher, if it has moved since training")
     arguments = parser.parse_args(argv)
     logging.set_verbosity_error()
     export(arguments.model, arguments.output, arguments.teacher)
