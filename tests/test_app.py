@@ -153,14 +153,45 @@ def test_a_document_cannot_leave_its_fence_or_forge_a_turn(parts):
 # -- the page -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def app():
+    pytest.importorskip("gradio")
+    return load_app()
+
+
+def load_app():
+    spec = importlib.util.spec_from_file_location("app", REPOSITORY / "examples" / "app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    return app
+
+
+def test_a_turn_compares_the_native_query_with_a_written_one(parts, app):
+    model, teacher, index = parts
+    agent = Agent(model, index, max_new_tokens=4)
+    before = [{"role": "user", "content": "Tell me about the lighthouse."}, {"role": "assistant", "content": "Yes?"}]
+    updates = list(app.take_turn(agent, teacher, "Who built it?", before))
+    asked = [*before, {"role": "user", "content": "Who built it?"}]
+    assert updates[0][0][:-1] == asked and updates[-1][0] == agent.messages
+    native, written = model.embed_query(asked, mode="context"), updates[0][4]["value"]
+    wanted = {2: index.search(native.numpy(), 5), 3: index.search(teacher.encode([written]), 5)}
+    for column, (scores, rows) in wanted.items():
+        shown = updates[0][column]["value"]
+        assert shown["cosine"].tolist() == pytest.approx(scores[0].tolist(), abs=2e-3)
+        assert len(shown) == len(rows[0])
+    # The comparison has left the agent's cache as it was: the answer is that of a fresh pass.
+    prompt = torch.tensor([model.processor.encode([*asked, agent.results])])
+    tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+    assert agent.messages[-1]["content"] == model.processor.tokenizer.decode(
+        tokens[0, prompt.shape[1] :], skip_special_tokens=True
+    )
+
+
 @contextmanager
 def served(parts, **settings):
     """The address of a page."""
     pytest.importorskip("gradio")
-    spec = importlib.util.spec_from_file_location("app", REPOSITORY / "examples" / "app.py")
-    app = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(app)
-    model, teacher, index = parts
+    app, (model, teacher, index) = load_app(), parts
     page = app.build_page(model, teacher, index, **settings)
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False, **app.SERVED)
     yield address

@@ -88,9 +88,10 @@ def test_the_server_loads_a_backbone_of_the_hub_at_its_revision(vllm, folder: Pa
     assert given["--revision"] == given["--tokenizer-revision"] == "abc"
 
 
-def test_vectors_lie_in_a_new_private_folder(vllm, folder: Path):
+def test_vectors_lie_in_a_new_private_folder(vllm, folder: Path, model):
     extras = [json.loads(command(vllm, folder)["--kv-transfer-config"])["kv_connector_extra_config"] for _ in range(2)]
     assert extras[0]["model"] == str(folder.resolve())
+    assert extras[0]["max_prompt_tokens"] == model.processor.max_prompt_tokens
     private = [Path(extra["vectors"]) for extra in extras]
     assert private[0] != private[1] and all(path.stat().st_mode & 0o777 == 0o700 for path in private)
 

@@ -137,7 +137,7 @@ class NativeQuery(_Picklable, InputModule):
         model = NativeRetrievalModel.from_pretrained(folder, config=config, **hub, **(model_kwargs or {}))
         if processor_kwargs:
             limit = processor_kwargs.get("model_max_length", model.processor.max_prompt_tokens)
-            processor_kwargs = {"max_prompt_tokens": limit, **processor_kwargs}
+            processor_kwargs = {"config": config, "max_prompt_tokens": limit, **processor_kwargs}
             model.processor = NativeRetrievalProcessor.from_pretrained(folder, **processor_kwargs)
         return cls(model)
 

@@ -93,14 +93,14 @@ class NativeQueryConnector(ExampleHiddenStatesConnector):
 
     def __init__(self, vllm_config, role, kv_cache_config):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        model, folder = (self._kv_transfer_config.get_from_extra_config(key, None) for key in ("model", "vectors"))
+        get = self._kv_transfer_config.get_from_extra_config
+        model, folder, self.max_prompt_tokens = (get(name, None) for name in ("model", "vectors", "max_prompt_tokens"))
         if not model or not folder or os.stat(folder).st_mode & 0o077 or os.stat(folder).st_uid != os.getuid():
             raise ValueError(
                 f"kv_connector_extra_config has model={model!r} and vectors={folder!r}; give a trained model's folder, and a "
                 "folder that only this user can enter (mode 700), as `serve_command` does"
             )
         self.folder = Path(folder)
-        self.max_prompt_tokens = NativeRetrievalProcessor.from_pretrained(model).max_prompt_tokens
         if role == KVConnectorRole.WORKER:
             self.model = load_head(model)
 
@@ -181,16 +181,16 @@ def backbone_of(folder: Path) -> tuple[str, NativeRetrievalConfig]:
 
 
 def serve_command(model: str, words: list[str]) -> list[str]:
-    """The command that starts vLLM's OpenAI server for a saved model, with a new private folder for its vectors."""
+    """The command that starts vLLM's OpenAI server for a saved model, with a new folder that only this user can enter."""
     folder = model_folder(model)
     backbone, config = backbone_of(folder)
-    processor = NativeRetrievalProcessor.from_pretrained(folder)
-    own = Path(tempfile.mkdtemp(prefix="native-retrieval-"))  # only this user can enter it
+    processor = NativeRetrievalProcessor.from_pretrained(folder, config=config)
+    own, limit = Path(tempfile.mkdtemp(prefix="native-retrieval-")), processor.max_prompt_tokens
     transfer = {
         "kv_connector": "NativeQueryConnector",
         "kv_connector_module_path": "native_retrieval.integrations.vllm",
         "kv_role": "kv_producer",
-        "kv_connector_extra_config": {"model": str(folder.resolve()), "vectors": str(own)},
+        "kv_connector_extra_config": {"model": str(folder.resolve()), "vectors": str(own), "max_prompt_tokens": limit},
     }
     layers = {"hf_config": {"eagle_aux_hidden_state_layer_ids": config.hidden_state_layers}}
     extract = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": layers}
