@@ -1,16 +1,19 @@
 """A trained model from its folder or the Hub, with one clear line for everything that can be wrong with it."""
 
+import json
 import os
+import re
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 
 from configuration_native_retrieval import NativeRetrievalConfig
 from modeling_native_retrieval import NativeRetrievalModel
 
 from .files import is_damaged
+
+LOCAL = "_local.json"  # where backbone and teacher are on this machine; files that start with `_` are never pushed
 
 
 def model_folder(name_or_path: str | os.PathLike) -> Path:
@@ -20,18 +23,21 @@ def model_folder(name_or_path: str | os.PathLike) -> Path:
     Raises:
         `ValueError`: in one line, if there is none, it is one of another kind, or its weights are not as they were saved.
     """
+    if not Path(name_or_path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
+        raise ValueError(
+            f"model {name_or_path} is no folder, and no Hub id (owner/name); name a folder that train.py wrote"
+        )
     try:
         folder = Path(name_or_path if Path(name_or_path).is_dir() else snapshot_download(str(name_or_path)))
         config, _ = NativeRetrievalConfig.get_config_dict(str(folder))
     except (ValueError, OSError) as error:
         raise _not_loaded(name_or_path, error) from error
-    # From a directory of another kind, or without a config, a huge random model would be made.
+    # From a folder of another kind, or without a config, a random model would be made.
     if (seen := config.get("model_type")) != (wanted := NativeRetrievalConfig.model_type):
         raise ValueError(
-            f"model {name_or_path} holds a model of type {seen!r}, wanted {wanted!r}; "
-            "name a directory that train.py wrote"
+            f"model {name_or_path} holds a model of type {seen!r}, wanted {wanted!r}; name a folder that train.py wrote"
         )
-    for weights in sorted(folder.glob("*.safetensors")):
+    for weights in sorted(folder.rglob("*.safetensors")):
         if is_damaged(weights):
             raise ValueError(
                 f"model {name_or_path}: {weights.name} is not as it was saved (another checksum than in "
@@ -40,28 +46,21 @@ def model_folder(name_or_path: str | os.PathLike) -> Path:
     return folder
 
 
-def share_keys_among_heads() -> None:
-    """
-    Has transformers leave the sharing of keys to the attention kernel (grouped-query attention) where there is a mask, as
-    behind a cache: a probe's pass then takes a third less at 4,096 tokens. On an accelerator its fastest kernels would be lost.
-    """
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
-
-
 def load_model(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
     """
     A model that train.py wrote, in eval mode, on the GPU if there is one.
 
     Raises:
         `ValueError`: in one line, if there is none, it cannot be read, its weights are not as they were saved, or it does
-            not say which teacher it speaks for.
+            not say which teacher it was trained towards.
     """
     folder = model_folder(name_or_path)
+    options = {} if not float32_is_faster() else {"dtype": torch.float32}
+    backbone = local_paths(folder).get("backbone")
+    if backbone and os.path.isdir(backbone) and not (folder / "backbone").is_dir():
+        options["backbone"] = backbone
     try:
-        model = NativeRetrievalModel.from_pretrained(str(folder))
-        # Loaded when first read: a damaged one is found before the work begins.
-        model.tokenizer, model.teacher_tokenizer  # noqa: B018
+        model = NativeRetrievalModel.from_pretrained(str(folder), **options)
     except Exception as error:  # of a damaged file, each library raises whatever its authors chose
         raise _not_loaded(name_or_path, error) from error
     if not model.config.teacher_fingerprint or not model.config.teacher_name_or_path:
@@ -69,34 +68,33 @@ def load_model(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
             f"model {name_or_path} does not say which teacher it was trained towards (teacher_name_or_path, "
             "teacher_fingerprint); train it with train.py"
         )
-    if model.probe is not None:
-        share_keys_among_heads()
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def _not_loaded(name_or_path: str | os.PathLike, error: Exception) -> ValueError:
-    where = "" if Path(name_or_path).exists() else "is no directory, and as a Hub id "
-    reason = " ".join(str(error).split()).rstrip(".")
-    return ValueError(f"model {name_or_path} {where}cannot be loaded ({reason}); name a directory that train.py wrote")
-
-
-def load_head(folder: str | os.PathLike) -> NativeRetrievalModel:
+def load_head(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
     """A saved model without its backbone, whose weights are not read: it takes hidden states, as in training."""
-    folder = model_folder(folder)
-    config = NativeRetrievalConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = NativeRetrievalModel(config)
-    state = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as weights:
-            state |= {k: weights.get_tensor(k) for k in weights.keys() if not k.startswith("backbone.")}  # noqa: SIM118
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    wrong = [*unexpected, *(key for key in missing if not key.startswith("backbone."))]
-    if wrong:
-        raise ValueError(
-            f"{folder} holds the head of another version of this project ({wrong[0]} does not fit); train it again, or "
-            "install the version that wrote it"
-        )
-    model._tokenizer_source = (str(folder), {})
-    model.tokenizer, model.teacher_tokenizer  # noqa: B018, read now, and not in the first request
-    return model.eval()
+    folder = model_folder(name_or_path)
+    try:
+        return NativeRetrievalModel.from_pretrained(str(folder), backbone=False).eval()
+    except Exception as error:
+        raise _not_loaded(name_or_path, error) from error
+
+
+def local_paths(folder: str | os.PathLike) -> dict[str, str]:
+    """Where `backbone` and `teacher` of a model in this folder were when it was trained, if that was on this machine."""
+    path = Path(folder, LOCAL)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def float32_is_faster() -> bool:
+    """Whether this machine has no accelerator, and a processor that computes in bfloat16 five times more slowly."""
+    if torch.accelerator.is_available():
+        return False
+    flags = Path("/proc/cpuinfo")
+    return not (flags.is_file() and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags.read_text(errors="replace")))
+
+
+def _not_loaded(name_or_path: str | os.PathLike, error: Exception) -> ValueError:
+    where = "" if Path(name_or_path).exists() else "is no folder, and as a Hub id "
+    reason = " ".join(str(error).split()).rstrip(".")
+    return ValueError(f"model {name_or_path} {where}cannot be loaded ({reason}); name a folder that train.py wrote")

@@ -38,6 +38,7 @@ from transformers import (  # noqa: E402
 )
 
 from modeling_native_retrieval import NativeRetrievalModel  # noqa: E402
+from native_retrieval.initialise import from_backbone  # noqa: E402
 
 FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "gpt2")
 # Shorter than any prompt with a history in it, so that what a sliding window changes is seen.
@@ -185,20 +186,13 @@ def make_model(
             "copy_num_heads": 2,
             "copy_head_dim": 8,
             "max_query_tokens": 8,
-            "num_probe_tokens": 3,
-            "adapter_rank": 2,
             **({} if teacher is not None else {"embedding_dim": 32}),
             **fields,
         }
         backbone = make_backbone(family, tie) if backbone is None else backbone
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            model = NativeRetrievalModel.from_backbone(backbone, teacher, tokenizer=tiny_tokenizer, **fields).eval()
-            if model.probe is not None:  # as after training: a new one changes nothing
-                with torch.no_grad():
-                    for weight in model.probe.parameters():
-                        weight.add_(0.1 * torch.randn_like(weight))
-            return model
+            return from_backbone(backbone, teacher, tokenizer=tiny_tokenizer, **fields)
 
     return make
 
@@ -358,7 +352,7 @@ def beir_folder(tmp_path: Path) -> Path:
     return write_beir_folder(tmp_path / "beir")
 
 
-MODES = ("context", "generated", "probe")
+MODES = ("context", "generated")
 
 # Tied or not is the same code in all families, so each comes once, and one both ways.
 BACKBONES = [("llama", True), ("llama", False), ("qwen3", True), ("gemma3", True), ("mistral", False), ("gpt2", True)]
@@ -421,7 +415,7 @@ def assert_one_line(error: pytest.ExceptionInfo) -> None:
 
 
 def prompts_of(model: NativeRetrievalModel, conversations: Sequence = CONVERSATIONS) -> list[list[int]]:
-    return [model.build_prompt(conversation) for conversation in conversations]
+    return [model.processor.encode(conversation) for conversation in conversations]
 
 
 def pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
