@@ -1,7 +1,7 @@
 """
-Talk to an agent that searches before it answers, in a terminal: one model, one pass per turn.
+Talk to an agent that searches before it answers, in a terminal: one model, one pass a turn.
 
-    python examples/agent.py                        # the demo's model and index
+    python examples/agent.py                        # with what `make demo` has made
     python examples/agent.py MODEL INDEX            # your own
 """
 

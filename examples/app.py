@@ -21,7 +21,7 @@ from starlette.middleware import Middleware
 from native_retrieval.agent import Agent
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.index import DocumentIndex, label
-from native_retrieval.loading import load_model
+from native_retrieval.loading import load_model, local_paths
 from native_retrieval.methods import read_query
 from native_retrieval.report import plot_map
 from native_retrieval.teacher import Teacher, teacher_of
@@ -226,7 +226,8 @@ def main(argv: list[str] | None = None) -> None:
     words = parser.parse_args(argv)
     model, index = load_model(words.model), DocumentIndex.load(words.index)
     index.check_model(model.config)
-    page = build_page(model, teacher_of(model.config, words.teacher), index)
+    teacher = teacher_of(model.config, words.teacher or local_paths(words.model).get("teacher"))
+    page = build_page(model, teacher, index)
     page.launch(server_name=words.host, server_port=words.port, **SERVED)
 
 

@@ -24,7 +24,7 @@ from modeling_native_retrieval import NativeRetrievalModel
 
 from .cli import CommandParser, one_line_errors
 from .integrations.native_query import NativeQuery, NativeRouter
-from .loading import load_model
+from .loading import load_model, local_paths
 from .teacher import teacher_of
 
 
@@ -48,7 +48,8 @@ def to_sentence_transformer(model: NativeRetrievalModel, teacher: str | None = N
 
 def export(model_dir: str | os.PathLike, output_dir: str | os.PathLike, teacher: str | None = None) -> None:
     """
-    Writes [`to_sentence_transformer`] of a saved model to `output_dir`.
+    Writes [`to_sentence_transformer`] of a saved model to `output_dir`. A backbone that is only on this machine is written
+    too, whatever `store_backbone` says: the folder would not load elsewhere.
 
     Raises:
         `FileExistsError`: if `output_dir` is not empty.
@@ -56,7 +57,9 @@ def export(model_dir: str | os.PathLike, output_dir: str | os.PathLike, teacher:
     output_dir = Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} exists; name a new or empty directory")
-    to_sentence_transformer(load_model(str(model_dir)), teacher).save(str(output_dir))
+    model, local = load_model(model_dir, dtype="auto"), local_paths(model_dir)  # in the precision that it is stored in
+    model.config.store_backbone |= "backbone" in local
+    to_sentence_transformer(model, teacher or local.get("teacher")).save(str(output_dir))
 
 
 @one_line_errors("export")

@@ -46,18 +46,19 @@ def model_folder(name_or_path: str | os.PathLike) -> Path:
     return folder
 
 
-def load_model(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
+def load_model(name_or_path: str | os.PathLike, **options) -> NativeRetrievalModel:
     """
-    A model that train.py wrote, in eval mode, on the GPU if there is one.
+    A model that train.py wrote, in eval mode, on the GPU if there is one. `options` are those of `from_pretrained`.
 
     Raises:
         `ValueError`: in one line, if there is none, it cannot be read, its weights are not as they were saved, or it does
             not say which teacher it was trained towards.
     """
     folder = model_folder(name_or_path)
-    options = {} if not float32_is_faster() else {"dtype": torch.float32}
+    if float32_is_faster():
+        options.setdefault("dtype", torch.float32)
     backbone = local_paths(folder).get("backbone")
-    if backbone and os.path.isdir(backbone) and not (folder / "backbone").is_dir():
+    if backbone and not (folder / "backbone").is_dir():
         options["backbone"] = backbone
     try:
         model = NativeRetrievalModel.from_pretrained(str(folder), **options)
@@ -81,9 +82,10 @@ def load_head(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
 
 
 def local_paths(folder: str | os.PathLike) -> dict[str, str]:
-    """Where `backbone` and `teacher` of a model in this folder were when it was trained, if that was on this machine."""
+    """The folders of `backbone` and `teacher` that a model was trained with, as far as they are on this machine."""
     path = Path(folder, LOCAL)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    paths = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: path for name, path in paths.items() if os.path.isdir(path)}
 
 
 def float32_is_faster() -> bool:

@@ -288,11 +288,22 @@ def test_the_folder_holds_one_ordinary_backbone(exported, model):
     assert all(torch.equal(weight, weights[name]) for name, weight in backbone.state_dict().items())
 
 
-def test_no_file_tells_of_this_machine(exported, model_dir, teacher_dir):
-    for path in exported.rglob("*"):
+def test_what_is_only_on_this_machine_is_exported_without_its_path(model, teacher_dir, tmp_path):
+    model = copy.deepcopy(model)
+    model.backbone.to(torch.bfloat16).save_pretrained(tmp_path / "here" / "llm")
+    model.config.update({"store_backbone": False, "backbone_name_or_path": "llm"})
+    model.save_pretrained(tmp_path / "here" / "model")
+    local = {"backbone": str(tmp_path / "here" / "llm"), "teacher": str(teacher_dir)}
+    (tmp_path / "here" / "model" / "_local.json").write_text(json.dumps(local))
+    assert export.main([str(tmp_path / "here" / "model"), str(tmp_path / "exported")]) == 0
+    shutil.rmtree(tmp_path / "here")
+    exported = load(tmp_path / "exported", model_kwargs={"dtype": "auto"})
+    assert exported.transformers_model.backbone.dtype == torch.bfloat16, "in the precision that it is stored in"
+    assert (cosines(exported.encode_query(QUERIES[:2]), model.embed_query(QUESTIONS)) > 0.999).all()
+    for path in (tmp_path / "exported").rglob("*"):
         if path.suffix in (".json", ".md", ".py", ".jinja"):
             text = path.read_text()
-            assert not any(str(folder.parent) in text for folder in (exported, model_dir, teacher_dir)), path
+            assert not any(str(folder) in text for folder in (tmp_path, teacher_dir.parent)), path
 
 
 @pytest.mark.parametrize("words, said", [(["nowhere", "new"], "nowhere"), (["{model}", "{full}"], "new or empty")])

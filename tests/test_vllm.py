@@ -86,6 +86,9 @@ def test_the_server_loads_a_backbone_of_the_hub_at_its_revision(vllm, folder: Pa
     given = command(vllm, folder)
     assert given["--model"] == "someone/backbone"
     assert given["--revision"] == given["--tokenizer-revision"] == "abc"
+    (folder / "llm").mkdir()
+    (folder / "_local.json").write_text(json.dumps({"backbone": str(folder / "llm")}))
+    assert command(vllm, folder)["--model"] == str(folder / "llm"), "the one of the training, if it is here"
 
 
 def test_vectors_lie_in_a_new_private_folder(vllm, folder: Path, model):

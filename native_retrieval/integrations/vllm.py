@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processing_native_retrieval import NativeRetrievalProcessor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
     ExampleHiddenStatesConnector,
@@ -33,9 +32,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
 from vllm.logger import init_logger
 
 from configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
+from processing_native_retrieval import NativeRetrievalProcessor
 
 from ..cli import CommandParser, one_line_errors
-from ..loading import load_head, model_folder
+from ..loading import load_head, local_paths, model_folder
 
 logger = init_logger(__name__)
 
@@ -176,8 +176,9 @@ def guarded_template(processor: NativeRetrievalProcessor) -> str:
 
 def backbone_of(folder: Path) -> tuple[str, NativeRetrievalConfig]:
     """Where vLLM finds a saved model's backbone, and the model's configuration."""
-    config = NativeRetrievalConfig.from_pretrained(folder)
-    return str(folder / "backbone") if config.store_backbone else config.backbone_name_or_path, config
+    config, elsewhere = NativeRetrievalConfig.from_pretrained(folder), local_paths(folder).get("backbone")
+    elsewhere = elsewhere or config.backbone_name_or_path
+    return str(folder / "backbone") if config.store_backbone else elsewhere, config
 
 
 def serve_command(model: str, words: list[str]) -> list[str]:
