@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cli import CommandParser, one_line_errors
-from .files import atomic_write
+from .cache import atomic_write
 from .methods import METHODS
 from .metrics import MEASURES, Qrels, RetrievalMetrics, Run, paired_bootstrap, per_query, ranks, wins_ties_losses
 from .names import published_command

@@ -1,18 +1,12 @@
-"""At home in other libraries: sentence-transformers, mteb, LangChain, LlamaIndex; each the real package."""
+"""At home in other libraries: LangChain and LlamaIndex, each the real package."""
 
 import asyncio
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-import eval as eval_script
 from modeling_native_retrieval import NativeRetrievalModel
-from native_retrieval import export
 from native_retrieval.data import load_task
 from native_retrieval.teacher import Teacher
 
@@ -27,125 +21,6 @@ QUESTIONS = ["Who founded Belford Museum?", "What is the Carrow Railway known fo
 @pytest.fixture(scope="module")
 def model(make_taught_model) -> NativeRetrievalModel:
     return make_taught_model()[0]
-
-
-@pytest.fixture(scope="module")
-def model_dir(model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(model_dir, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("exported") / "model"
-    assert export.main([str(model_dir), str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sentence_transformer(exported):
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(str(exported), trust_remote_code=True, device="cpu")
-
-
-def assert_one_line(error: pytest.ExceptionInfo) -> None:
-    assert str(error.value) and "\n" not in str(error.value)
-
-
-def cosines(a, b) -> np.ndarray:
-    return (np.asarray(a) * np.asarray(b)).sum(-1)
-
-
-# -- sentence-transformers ----------------------------------------------------------------------------------------------
-
-
-def test_encode_query_is_embed_query(sentence_transformer, model):
-    queries = [*QUESTIONS, CONVERSATION]
-    wanted = torch.cat([model.embed_query(QUESTIONS), model.embed_query(CONVERSATION)])
-    assert (cosines(sentence_transformer.encode_query(queries), wanted) > 0.99999).all()
-    assert cosines(sentence_transformer.encode_query(CONVERSATION), wanted[2]) > 0.99999
-    assert (cosines(sentence_transformer.encode_query(QUESTIONS, batch_size=1), wanted[:2]) > 0.99999).all()
-
-
-def test_documents_are_the_teachers(sentence_transformer, teacher_dir):
-    wanted = Teacher(str(teacher_dir)).encode(QUESTIONS, "document")
-    assert np.allclose(sentence_transformer.encode_document(QUESTIONS), wanted, atol=1e-6)
-    assert np.allclose(sentence_transformer.encode(QUESTIONS), wanted, atol=1e-6), "documents are the default"
-
-
-def test_prompts_similarity_and_truncation(sentence_transformer, model):
-    prompted = sentence_transformer.encode_query(QUESTIONS, prompt="Find: ")
-    assert (cosines(prompted, model.embed_query([f"Find: {text}" for text in QUESTIONS])) > 0.99999).all()
-    assert sentence_transformer.encode_query(CONVERSATION, truncate_dim=16).shape == (16,)
-    queries, documents = sentence_transformer.encode_query(QUESTIONS), sentence_transformer.encode_document(QUESTIONS)
-    assert sentence_transformer.similarity_fn_name == "cosine"
-    assert np.allclose(sentence_transformer.similarity(queries, documents), queries @ documents.T, atol=1e-5)
-    assert sentence_transformer.get_embedding_dimension() == 32
-
-
-def test_it_is_saved_and_loaded_again(sentence_transformer, tmp_path):
-    from sentence_transformers import SentenceTransformer
-
-    sentence_transformer.save(str(tmp_path))
-    again = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
-    assert np.allclose(again.encode_query(CONVERSATION), sentence_transformer.encode_query(CONVERSATION), atol=1e-6)
-
-
-def test_a_fresh_process_without_the_project_loads_it(exported, sentence_transformer, tmp_path):
-    script = (
-        "import json, sys; from sentence_transformers import SentenceTransformer\n"
-        "model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device='cpu')\n"
-        "assert 'native_retrieval' not in sys.modules\n"
-        "print(json.dumps(model.encode_query([json.loads(sys.argv[2])])[0].tolist()))"
-    )
-    words = [sys.executable, "-c", script, str(exported), json.dumps(CONVERSATION)]
-    process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
-    vector = json.loads(process.stdout.splitlines()[-1])
-    assert cosines(vector, sentence_transformer.encode_query(CONVERSATION)) > 0.99999
-
-
-def test_sentence_transformers_own_evaluator(sentence_transformer, beir_data):
-    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-
-    task = load_task(beir_data, "test")
-    evaluator = InformationRetrievalEvaluator(
-        dict(zip(task.queries["_id"], task.queries["messages"], strict=True)),
-        {row["_id"]: f"{row['title']} {row['text']}" for row in task.corpus},
-        {query: set(judged) for query, judged in task.qrels.items()},
-        name="beir",
-    )
-    assert 0 < evaluator(sentence_transformer)["beir_cosine_ndcg@10"] <= 1
-
-
-@pytest.mark.parametrize("words, said", [(["nowhere", "new"], "nowhere"), (["{model}", "{full}"], "new or empty")])
-def test_export_says_what_is_wrong_in_one_line(words, said, model_dir, beir_data, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert export.main([word.format(model=model_dir, full=beir_data) for word in words]) == 2
-    assert said in capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def test_another_teacher_is_refused(make_model, teacher_dir):
-    stranger = make_model(teacher_name_or_path=str(teacher_dir), teacher_fingerprint="0" * 64)
-    with pytest.raises(ValueError, match="fingerprint"):
-        export.to_sentence_transformer(stranger)
-
-
-# -- mteb ---------------------------------------------------------------------------------------------------------------
-
-
-def test_mteb_gives_the_same_ndcg_as_eval(sentence_transformer, model_dir, beir_data, tmp_path, capsys):
-    mteb = pytest.importorskip("mteb")
-    from native_retrieval.integrations.mteb import ConversationEncoder, retrieval_task
-
-    result = mteb.evaluate(ConversationEncoder(sentence_transformer), retrieval_task(beir_data, "test"), cache=None)
-    words = ["--model", model_dir, "--data", beir_data, "--output", tmp_path / "test.json", "--cache_dir", tmp_path]
-    words += ["--latency_queries", "0", "--methods", "generate-then-encode", "native-context"]
-    assert eval_script.main([str(word) for word in words]) == 0, capsys.readouterr().err
-    ours = json.loads((tmp_path / "test.json").read_text())["methods"]["native-context"]["ndcg@10"]
-    assert result.task_results[0].get_score() == pytest.approx(ours, abs=5e-5)
 
 
 # -- LangChain ----------------------------------------------------------------------------------------------------------
