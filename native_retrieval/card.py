@@ -28,6 +28,7 @@ from .figures import plot_training
 from .names import base_name, is_hub_id, published_command, published_name
 from .results import markdown_table, read_result
 
+TEMPLATE = Path(__file__).resolve().parents[1] / "model_card.md"  # in a clone, and in what a wheel installs
 RESULT_FIELDS = ("dataset", "split", "num_queries", "num_documents", "command", "baseline", "methods")
 FIGURES = ("by-turn", "failures", "quality-latency")  # of eval.py
 METRICS = {"recall@10": "Recall@10", "mrr@10": "MRR@10", "ndcg@10": "nDCG@10"}
@@ -52,12 +53,6 @@ PUBLISHED += (
     "additional_chat_templates/*",
 )
 PUBLISHED += ("word_tokenizer/**/*", "backbone/**/*", "figures/*.png")
-
-
-def template() -> Path:
-    """`model_card.md`: inside the package if it is installed from a wheel, at the top level in a clone."""
-    installed = Path(__file__).with_name("model_card.md")
-    return installed if installed.is_file() else Path(__file__).parents[1] / "model_card.md"
 
 
 def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.PathLike] = ()) -> Path:
@@ -102,7 +97,7 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
     seconds, revision = training_info.get("training_seconds"), training_info.get("revision")
     card = ModelCard.from_template(
         data,
-        template_path=str(template()),
+        template_path=str(TEMPLATE),
         title=Path(repository).name,
         repository=repository,
         revision=revision,
