@@ -326,6 +326,15 @@ def check_backbone(model: ModelArguments) -> None:
         config = AutoConfig.from_pretrained(model.backbone, revision=model.backbone_revision).get_text_config()
     except (OSError, ValueError) as error:
         raise ValueError(f"backbone {model.backbone!r} cannot be loaded: {error}") from error
+    context, room = (
+        getattr(config, "max_position_embeddings", None),
+        model.max_query_tokens + 32,
+    )  # a query prompt is short
+    if context and model.max_prompt_tokens and model.max_prompt_tokens + room > context:
+        raise ValueError(
+            f"max_prompt_tokens={model.max_prompt_tokens} leaves no room for a query of {model.max_query_tokens} tokens in the "
+            f"backbone's context of {context}; at most {context - room}"
+        )
     sizes = {name: getattr(config, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
     NativeRetrievalConfig(backbone_name_or_path=model.backbone, **sizes, **model.config_fields)
 

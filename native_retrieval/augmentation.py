@@ -9,7 +9,10 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from itertools import takewhile
 from typing import Any
+
+from .conversations import INSTRUCTION_ROLES, num_user_turns
 
 Conversation = list[dict[str, Any]]
 
@@ -75,7 +78,7 @@ def augment(
 
 def shift_topic(messages: Conversation, others: Sequence[Conversation], rng: random.Random) -> Conversation:
     """The same conversation after 1 to 20 user turns of others; `rng` alone decides which, and not the messages."""
-    return with_distractor_turns(messages, others, _user_turns(messages) + rng.choice(NUM_DISTRACTOR_TURNS), rng)
+    return with_distractor_turns(messages, others, num_user_turns(messages) + rng.choice(NUM_DISTRACTOR_TURNS), rng)
 
 
 class OtherConversations(Sequence[Conversation]):
@@ -125,29 +128,29 @@ def with_distractor_turns(
     messages: Conversation, others: Sequence[Conversation], count: int, rng: random.Random
 ) -> Conversation:
     """The conversation after turns of other ones, until it has `count` user turns; as it is if it has them."""
-    room = count - _user_turns(messages) if any(_user_turns(_said(other)) for other in others) else 0
+    room = count - num_user_turns(messages) if any(num_user_turns(_said(other)) for other in others) else 0
     before: Conversation = []
-    while _user_turns(before) < room:
+    while num_user_turns(before) < room:
         topic = _said(rng.choice(others))
-        if _user_turns(topic[:-1]):
+        if num_user_turns(topic[:-1]):
             before += topic[:-1]
-        elif _user_turns(topic):
+        elif num_user_turns(topic):
             before += [topic[-1], {"role": "assistant", "content": "I see."}]
     starts = [i for i, message in enumerate(before) if message["role"] == "user"]
-    system = [message for message in messages[:1] if message["role"] == "system"]
-    return [*system, *(before[starts[-room] :] if room > 0 else []), *messages[len(system) :]]
+    instructions = list(takewhile(_instructs, messages))
+    return [*instructions, *(before[starts[-room] :] if room > 0 else []), *messages[len(instructions) :]]
 
 
 def _said(messages: Conversation) -> Conversation:
-    return [message for message in messages if message["role"] != "system" and message["content"].strip()]
+    return [m for m in messages if not _instructs(m) and (m["content"].strip() or m.get("tool_calls"))]
 
 
-def _user_turns(messages: Conversation) -> int:
-    return sum(message["role"] == "user" for message in messages)
+def _instructs(message: dict[str, Any]) -> bool:
+    return message["role"] in INSTRUCTION_ROLES
 
 
 def _system(messages, passages, rng):
-    if messages[0]["role"] == "system":
+    if _instructs(messages[0]):
         return messages
     text = " ".join(rng.sample(INSTRUCTIONS, rng.randint(1, len(INSTRUCTIONS))))
     if rng.random() < 0.4:
@@ -172,7 +175,7 @@ def _result(passages, rng) -> dict:
 
 
 def _tool_result(messages, passages, rng):
-    """A tool was called earlier: behind one of the user's turns before the last, or in a turn before them all."""
+    """A tool was called earlier: after one of the user's turns before the last, or in a turn before them all."""
     call = [{"role": "assistant", "content": rng.choice(HALF_TURNS)}, _result(passages, rng)]
     places = [i for i, message in enumerate(messages[:-1]) if message["role"] == "user"]
     if not places:

@@ -157,11 +157,12 @@ class HeadCheckpoints(Trainer):
         aside = folder / "_saving"
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.unwrap_model(self.model).set_reference()  # by all devices, which may each have a part of it
         with _room_for(f"the model {folder}"):
             super().save_model(str(aside), _internal_call=True)  # a push is a step of its own
         if self.args.should_save:
             (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle, and with the Hub's token in it
-            for weights in aside.glob("*.safetensors"):
+            for weights in aside.rglob("*.safetensors"):
                 seal(weights, sha256(weights))
             _replace_model(aside, folder)
 
@@ -299,6 +300,8 @@ def _replace_model(new: Path, folder: Path) -> None:
     (folder / "config.json").unlink(missing_ok=True)
     for weights in folder.glob("model*.safetensors*"):  # another number of files would leave some of them
         weights.unlink()
+    for name in ("backbone", "word_tokenizer"):  # of a model that had them
+        shutil.rmtree(folder / name, ignore_errors=True)
     for part in sorted(new.iterdir(), key=lambda part: part.name == "config.json"):
         if part.is_dir():
             shutil.rmtree(folder / part.name, ignore_errors=True)

@@ -35,9 +35,9 @@ class QuerySet:
         corpus (`Dataset`, *optional*): without it, queries have no documents.
         qrels (`dict[str, dict[str, int]]`, *optional*): grades of documents by query, for the dev metrics.
         mode (`str`): `"context"` or `"generated"`.
-        changed (`Iterable[Conversation]`, *optional*): what the model reads in place of the conversations, made when it is
-            iterated over. One for which the prompt has no room stays as it was.
-        plain (`bool`): these are single texts, and those for which the prompt has no room are left out.
+        changed (`Iterable[Conversation]`, *optional*): what the model reads in place of the conversations. It is iterated
+            over once.
+        plain (`bool`): these are single texts, and those that are too long for a prompt are left out.
         passes (`int`): how often an epoch has them.
         id_offset (`int`): tells the documents of several corpora apart.
     """
@@ -290,17 +290,13 @@ def _read(queries: QuerySet, processor) -> tuple[list[list[int]], list[list[str]
     """Prompts of what the model reads, and the earlier answers in it."""
     rows, prompts, answers = queries.rows, [], []
     tools = rows["tools"] if "tools" in rows.column_names else [None] * len(rows)
-    changed = [None] * len(rows) if queries.changed is None else queries.changed
-    for query, own, own_tools, other in zip(queries.ids, rows["messages"], tools, changed, strict=True):
-        for messages in [own] if other is None else [other, own]:
-            try:
-                prompts.append(processor.encode(messages, tools=own_tools))
-            except ValueError as error:
-                if messages is own:
-                    raise ValueError(f"{queries.name}, query {query}: {error}") from error
-            else:
-                answers.append(earlier_answers(messages))
-                break
+    conversations = rows["messages"] if queries.changed is None else queries.changed
+    for query, messages, own_tools in zip(queries.ids, conversations, tools, strict=True):
+        try:
+            prompts.append(processor.encode(messages, tools=own_tools))
+        except ValueError as error:
+            raise ValueError(f"{queries.name}, query {query}: {error}") from error
+        answers.append(earlier_answers(messages))
     return prompts, answers
 
 
@@ -309,7 +305,7 @@ def _that_fit(queries: QuerySet, processor) -> QuerySet:
 
     def fits(messages: Conversation) -> bool:
         try:
-            return bool(processor.encode(messages))
+            return bool(processor.encode(messages, truncation=False))
         except ValueError:
             return False
 

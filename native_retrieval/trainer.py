@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from head_native_retrieval import Words
 from torch.distributed.tensor import DTensor
 from transformers import EvalPrediction, ProgressCallback
+
+from head_native_retrieval import Words
 
 from .arguments import NativeRetrievalTrainingArguments, check_batch
 from .checkpoints import HeadCheckpoints

@@ -97,11 +97,15 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path, flag):
 
 
 def test_a_backbone_and_what_does_not_fit_it_is_named(backbone_dir, tmp_path):
-    check_backbone(ModelArguments(backbone=str(backbone_dir), teacher="t"))
+    check_backbone(ModelArguments(backbone=str(backbone_dir), teacher="t", max_prompt_tokens=448))
     with pytest.raises(ValueError, match="backbone .*no-such.* cannot be loaded"):
         check_backbone(ModelArguments(backbone=str(tmp_path / "no-such"), teacher="t"))
     with pytest.raises(ValueError, match="hidden_state_layers"):
-        check_backbone(ModelArguments(backbone=str(backbone_dir), teacher="t", hidden_state_layers=[99]))
+        check_backbone(
+            ModelArguments(backbone=str(backbone_dir), teacher="t", max_prompt_tokens=None, hidden_state_layers=[99])
+        )
+    with pytest.raises(ValueError, match="max_prompt_tokens=500 leaves no room .* context of 512; at most 448"):
+        check_backbone(ModelArguments(backbone=str(backbone_dir), teacher="t", max_prompt_tokens=500))
 
 
 @pytest.mark.parametrize("count, batch", [(0, 1), (7, 8), (63, 64), (100, 512)])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_one_line
+from datasets import Dataset
 from torch.utils.data import ConcatDataset
 from transformers import AutoModel
 
@@ -337,21 +338,22 @@ def test_what_the_model_sees_may_differ_and_the_targets_do_not(tiny_model, examp
     assert np.array_equal(other.targets, plain.targets) and other.positives == plain.positives
 
 
-def test_a_changed_conversation_for_which_there_is_no_room_stays_as_it_was(tiny_model, examples, monkeypatch):
-    encode = tiny_model.processor.encode
+def test_a_conversation_without_a_prompt_is_named(tiny_model, examples, monkeypatch):
+    def refuse(messages, **kwargs):
+        raise ValueError("too strange")
 
-    def refuse_instructions(messages, **kwargs):
-        if messages[0]["role"] == "system":
-            raise ValueError("too long")
-        return encode(messages, **kwargs)
-
-    monkeypatch.setattr(tiny_model.processor, "encode", refuse_instructions)
-    plain = examples()
-    changed = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "When?"}]] * len(plain)
-    assert examples(changed=changed).sequences == plain.sequences
-    monkeypatch.setattr(tiny_model.processor, "encode", lambda *a, **k: refuse_instructions([{"role": "system"}]))
-    with pytest.raises(ValueError, match="train, query q0_1: too long"):
+    monkeypatch.setattr(tiny_model.processor, "encode", refuse)
+    with pytest.raises(ValueError, match="train, query q0_1: too strange"):
         examples()
+
+
+def test_plain_texts_that_are_too_long_for_a_prompt_are_left_out(tiny_model, stub_teacher, tmp_path):
+    texts = ["Who built it?", "a bridge and " * 60 + "a river", "What is a lathe?"]
+    rows = [{"messages": [{"role": "user", "content": text}], "rewrite": text, "gold": []} for text in texts]
+    tiny_model.processor.max_prompt_tokens = 100
+    queries = QuerySet("plain text", Dataset.from_list(rows), plain=True)
+    built = build_examples(tiny_model, stub_teacher, queries, data_arguments(tmp_path))
+    assert len(built) == 2 and np.allclose(built.targets, stub_teacher.encode([texts[0], texts[2]]), atol=1e-6)
 
 
 def test_a_changed_conversation_is_drawn_to_the_same_one_unchanged(make_model, stub_teacher, beir_folder, tmp_path):
