@@ -663,7 +663,7 @@ MUTATIONS = [
         "True",
         "index::test_check_teacher",
     ),
-    Mutation("metrics: order of a run", METRICS, "-float(place)", "float(place)", "metrics"),
+    Mutation("metrics: order of a run", METRICS, "-float(position)", "float(position)", "metrics"),
     Mutation(
         "metrics: ties",
         METRICS,
@@ -809,7 +809,7 @@ def main() -> int:
             path.write_text(whole, encoding="utf-8")
 
     sys.path.insert(0, str(REPOSITORY))
-    from native_retrieval.report import write_json
+    from native_retrieval.results import write_json
 
     write_json(
         {"command": f"python tests/mutations.py --output {arguments.output}", "mutations": rows}, arguments.output
