@@ -8,8 +8,7 @@ The layout is BEIR's, with chat messages in place of a query's text. Each file m
     qrels/<split>.tsv   query-id <tab> corpus-id <tab> score
 
 `messages` and `tools` have the shapes of OpenAI's API. `tools`, `rewrite` and `metadata` are optional. Qrels may also be
-comma-separated (`.csv`), or have TREC's four columns. A source is a folder in this layout, or the id of a data set on the
-Hub in the same layout.
+comma-separated (`.csv`), or have TREC's four columns. A source is a folder in this layout, or the Hub id of such a data set.
 
 Files are read line by line into Arrow files in the cache of `datasets`, keyed by the content of the files. So a corpus
 never sits in memory, an edited file is read again, and nothing is written beside the user's data. Only the ids of a file
@@ -58,8 +57,7 @@ QUERY_FEATURES = Features(
 )
 TEXT_FEATURES = Features({"text": Value("string")})
 
-# Limits of a sentence of plain text, in characters. Most sentences are shorter than the first. Pieces shorter than the
-# second are list numbers or initials that the sentence split has cut off.
+# Limits of a sentence of plain text, in characters. Shorter pieces are list numbers or initials that the split cut off.
 MAX_TEXT_CHARS = 500
 MIN_TEXT_CHARS = 15
 

@@ -1,7 +1,7 @@
-"""Hidden states of the frozen backbone, computed once and memory-mapped from disk, and the queries that it writes.
+"""Hidden states of the frozen backbone, and the queries that it writes: computed once, and memory-mapped from disk.
 
-The backbone never changes in training, so neither do its states. A turn's prompt is a prefix of the next turn's, and in
-a causal model so are its states: each conversation is computed once, whole, and every turn reads a part of it.
+Training does not change the backbone, so its states stay the same. A turn's prompt is a prefix of the next turn's prompt, and
+in a causal model the same holds for its states. So each conversation is computed once, and every turn reads a part of it.
 """
 
 import hashlib
@@ -17,9 +17,8 @@ import torch
 from .cache import Advance, Shard, atomic_write, cached_rows, make_in_shards, num_rows, slices
 
 IN_MEMORY_BYTES = 2**30
-# What a process computes at a time, and a killed one loses: on two cores half a minute's work, on a GPU a second's, and
-# still far more than it takes to find the next. The same for any number of processes: what else is in a batch moves
-# the last bits of a prompt's states.
+# The size of a shard, which a killed process loses: half a minute's work on two cores, a second's on a GPU. It does not
+# depend on the number of processes, because the other prompts in a batch change the last bits of a prompt's states.
 SHARD_TOKENS = 2**15
 SHARD_QUERIES = 128
 # Entries of a backbone's configuration that do not change its states.
@@ -30,9 +29,9 @@ _digests: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, list]] = weakref
 
 def shared_prefixes(sequences: Sequence[Sequence[int]]) -> tuple[list[int], np.ndarray]:
     """
-    The sequences that are no prefix of another, and for each sequence the place, among those, of one that it begins.
+    The sequences that are no prefix of another; and for each sequence, the index among those of one that starts with it.
 
-    Sorted, a prefix stands right before a sequence that it begins.
+    In sorted order, a prefix comes right before a sequence that starts with it.
     """
     if not sequences:
         return [], np.empty(0, dtype=np.int64)
@@ -63,7 +62,7 @@ class FeatureStore:
 
     def __getitem__(self, i: int) -> torch.Tensor:
         start, stop = int(self.starts[i]), int(self.starts[i] + self.lengths[i])
-        if isinstance(self.states, np.memmap):  # read, and not through the map, whose pages would stay resident
+        if isinstance(self.states, np.memmap):  # read from the file, because pages of the map would stay in memory
             token = int(np.prod(self.states.shape[1:]))
             offset = self.states.offset + 2 * token * start
             states = np.fromfile(self.states.filename, np.int16, token * (stop - start), offset=offset)
@@ -85,15 +84,15 @@ class FeatureStore:
         """
         The states of `sequences` (token ids without padding) under a `NativeRetrievalModel`'s backbone.
 
-        What is on disk already is read. The rest is computed in shards, by all processes that ask for it; what a
-        stopped run has finished is gone on with; a damaged file is computed anew, which a line on stderr says.
+        States on disk are read. Otherwise all processes that ask for them compute them together, in shards. Shards that a
+        stopped run has finished are kept. A damaged file is computed again, and a line on stderr says so.
 
         Args:
-            tokens_per_batch (`int`, *optional*): by default 4,096 on an accelerator, and 1,024 on a CPU, which a few
-                prompts at a time keep busy.
+            tokens_per_batch (`int`, *optional*): by default 4,096 on an accelerator and 1,024 on a CPU, which needs only a
+                few prompts at a time.
 
         Raises:
-            `OSError`: if there is no room, or `cache_dir` cannot be written to.
+            `OSError`: if the disk is full, or `cache_dir` cannot be written to.
         """
         if tokens_per_batch is None:
             tokens_per_batch = 1024 if model.backbone.device.type == "cpu" else 4096
@@ -107,7 +106,7 @@ class FeatureStore:
         if not len(whole):
             return cls(np.empty(shape, dtype=np.int16), starts, own_lengths)
         sequence_at = dict(zip(begins[:-1].tolist(), whole, strict=True))
-        # Longest first: memory runs out at once or never.
+        # Longest first, so that memory runs out at the start or never.
         order = [slice(int(begins[i]), int(begins[i + 1])) for i in np.argsort(-lengths, kind="stable")]
 
         def compute(shard: Shard, advance: Advance) -> Iterator[np.ndarray]:
@@ -130,12 +129,12 @@ class FeatureStore:
             unit="token",
             unit_scale=True,
         )
-        # A small one is kept in memory: some systems are quick to drop what they have read of a file.
+        # A small array is kept in memory, because some systems drop pages of a file soon.
         return cls(np.array(states) if states.nbytes < IN_MEMORY_BYTES else states, starts, own_lengths)
 
 
 def _batches(order: Sequence[slice], num_tokens: int) -> list[list[slice]]:
-    """Neighbours in an order by length, longest first; in each batch at most `num_tokens`, padding included, or one."""
+    """Neighbours in an order by length, longest first. A batch has at most `num_tokens` with padding, or one row."""
     batches: list[list[slice]] = []
     for rows in order:
         if not batches or (len(batches[-1]) + 1) * num_rows(batches[-1][0]) > num_tokens:
@@ -146,8 +145,8 @@ def _batches(order: Sequence[slice], num_tokens: int) -> list[list[slice]]:
 
 def cached_queries(model, prompts: Sequence[Sequence[int]], cache_dir: str | os.PathLike, batch_size: int = 32):
     """
-    The search query, as token ids, that the frozen backbone writes after each prompt; kept on disk, and computed in
-    shards, as [`FeatureStore.build`] does.
+    The search query that the frozen backbone writes after each prompt, as token ids. The queries are kept on disk and
+    computed in shards, as in [`FeatureStore.build`].
 
     Returns:
         `list[list[int]]`, in the order of `prompts`.

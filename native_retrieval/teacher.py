@@ -1,7 +1,7 @@
 """The teacher: the embedding model whose space the document index lives in.
 
-It is needed offline only: for the documents' vectors, for the training targets, and for the rankings to distil. All
-three are computed once, by as many processes as there are, and kept on disk under the teacher's fingerprint.
+It is needed offline only: for the documents' vectors, the training targets, and the rankings to distil. All three are
+computed once, by all processes together, and kept on disk under the teacher's fingerprint.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .cache import Advance, cached_rows, slices
 from .loading import float32_is_faster
 
-# Fixed for ever: a teacher is recognised by its vectors of these.
+# Never change these: a teacher is recognised by its vectors of them.
 FINGERPRINT_SENTENCES = (
     "The old bridge crosses the river north of the station.",
     "How many protons does an atom of carbon have?",
@@ -34,9 +34,9 @@ FINGERPRINT_SENTENCES = (
     "The central bank raised its interest rate by a quarter point.",
     "¿Dónde está la biblioteca más antigua de la ciudad?",
 )
-# Half precision and other devices move about 1 % of the 256 bits; another model moves about half of them.
+# Half precision and other devices change about 1 % of the 256 bits; another model changes about half of them.
 FINGERPRINT_TOLERANCE = 12
-# Rows computed at a time, whatever the number of processes: what else is in a batch moves the last bits of a vector.
+# Rows of a shard, for any number of processes, because the other texts in a batch change the last bits of a vector.
 SHARD_ROWS = 8192
 SEARCHED_AT_ONCE = 1024
 
@@ -53,7 +53,7 @@ class Teacher:
     Args:
         name_or_path (`str`): a Hub id or a local folder.
         revision (`str`, *optional*): pins a Hub id.
-        cache_dir (path, *optional*): where vectors and rankings are kept; without it nothing is.
+        cache_dir (path, *optional*): where vectors and rankings are kept. Without it, they are not kept.
         batch_size (`int`): texts in one forward pass.
     """
 
@@ -79,16 +79,16 @@ class Teacher:
 
     @property
     def tokenizer(self):
-        """Its own: in these tokens the copy path reads a conversation."""
+        """The teacher's own tokenizer. The copy path reads a conversation in its tokens."""
         return self.model.tokenizer
 
     @property
     def max_seq_length(self) -> int | None:
-        """Tokens of a text that the teacher reads; the rest is cut off."""
+        """How many tokens of a text the teacher reads; the rest is cut off."""
         return self.model.max_seq_length
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text as a query, behind the teacher's prompt for queries if it has one, uncut."""
+        """Tokens of a text as a query, with the teacher's prompt for queries if it has one, and without truncation."""
         text = f"{self.model.prompts.get('query') or ''}{text}"
         tokenizer = self.tokenizer
         if isinstance(tokenizer, Tokenizer):  # a static embedding's
@@ -97,7 +97,7 @@ class Teacher:
 
     @cached_property
     def fingerprint(self) -> str:
-        """256 bits, hexadecimal: the signs of 32 coordinates of each of 8 fixed sentences, about their mean."""
+        """256 bits, hexadecimal: the signs of 32 coordinates of 8 fixed sentences' vectors, after centring them."""
         vectors = self.encode(list(FINGERPRINT_SENTENCES))
         if vectors.shape[1] < 32:
             raise ValueError(
@@ -108,7 +108,7 @@ class Teacher:
 
     @property
     def identity(self) -> str:
-        """What caches tell its vectors by: the fingerprint, of short texts, and what cuts longer ones and begins all."""
+        """The key of its vectors in caches. The fingerprint is of short texts, so the length limit and prompts belong to it."""
         return json.dumps([self.fingerprint, self.max_seq_length, self.model.prompts])
 
     def encode(
@@ -121,8 +121,8 @@ class Teacher:
         """
         Unit vectors of texts, float32 `(len(texts), dimension)`, with the teacher's own query or document prompt.
 
-        `half_precision` computes them in bfloat16, several times as fast where the processor has it: the cosine to the
-        exact vector is above 0.999, which is plenty for a training target, and nothing else should use it.
+        `half_precision` computes them in bfloat16, which is several times faster on processors that have it. The cosine to
+        the exact vector is above 0.999. That is enough for a training target; nothing else should use it.
 
         Raises:
             `ValueError`: if a vector comes out zero or not finite, naming the text's number.
@@ -159,11 +159,11 @@ class Teacher:
     def cached(
         self, texts: Sequence[str], kind: Literal["query", "document"], progress: str, half_precision: bool = False
     ) -> np.ndarray:
-        """As [`encode`], memory-mapped from the cache, computed first if it is not there; see [`cached_rows`]."""
+        """Like [`encode`], but memory-mapped from the cache, and computed only if it is not there; see [`cached_rows`]."""
         return self._cached(lambda rows: texts[rows], len(texts), kind, progress, half_precision)
 
     def documents(self, corpus: Dataset) -> np.ndarray:
-        """Vectors of a corpus with columns `title` and `text`, float32 `(documents, dimension)`; as [`cached`]."""
+        """Vectors of a corpus with columns `title` and `text`, float32 `(documents, dimension)`; like [`cached`]."""
         columns = corpus.select_columns(["title", "text"])
         return self._cached(lambda rows: document_texts(columns[rows]), len(corpus), "document", "Teacher: documents")
 
@@ -208,7 +208,7 @@ class Teacher:
 
 def teacher_of(config, name_or_path: str | None = None, **settings) -> Teacher:
     """
-    The teacher that a model was trained towards, under another name or path if it lies elsewhere by now.
+    The teacher that a model was trained towards. Give `name_or_path` if it has another name or path now.
 
     Args:
         config (`NativeRetrievalConfig`): the model's.
@@ -236,7 +236,7 @@ def _computes_in_bfloat16(device: str) -> bool:
 
 
 def document_texts(corpus: Dataset | Mapping[str, Sequence[str]]) -> list[str]:
-    """What is embedded of a document: its title, then its text."""
+    """The text of a document that is embedded: its title, then its text."""
     return [f"{title} {text}".strip() for title, text in zip(corpus["title"], corpus["text"], strict=True)]
 
 
