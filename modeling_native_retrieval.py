@@ -246,8 +246,12 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
 
     def __reduce__(self):
         # transformers puts local functions into a backbone at its first pass, and no pickle takes these.
-        backbone = self.backbone
-        parts = None if backbone is None else (type(backbone), backbone.config, backbone.dtype, backbone.state_dict())
+        parts, backbone = None, self.backbone
+        if (
+            backbone is not None
+        ):  # buffers that are not saved, such as angles of positions, have a precision of their own
+            tensors = backbone.state_dict(), dict(backbone.named_buffers())
+            parts = (type(backbone), backbone.config, backbone.generation_config, *tensors)
         head = {n: w for n, w in self.state_dict().items() if not n.startswith(f"{BACKBONE}.")}
         return _unpickled, (type(self), self.config, self.processor, head, parts, self.training)
 
@@ -632,14 +636,18 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
 
 
 def _unpickled(cls, config, processor, head: dict, parts: tuple | None, training: bool) -> NativeRetrievalModel:
-    backbone = None
+    with torch.device("meta"):
+        model = cls(config, None, processor)
+        backbone = parts and parts[0](parts[1])
+    model.load_state_dict(head, assign=True)
     if parts is not None:
-        backbone_class, backbone_config, dtype, weights = parts
-        backbone = backbone_class(backbone_config).to(dtype)
+        _, _, backbone.generation_config, weights, buffers = parts
         backbone.load_state_dict(weights, assign=True)
         backbone.tie_weights()
-    model = cls(config, backbone, processor)
-    model.load_state_dict(head, strict=False, assign=True)
+        for name, buffer in buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(backbone.get_submodule(owner), leaf, buffer)
+        model._set_backbone(backbone)
     return model.train(training)
 
 
