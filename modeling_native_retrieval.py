@@ -247,9 +247,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
     def __reduce__(self):
         # transformers puts local functions into a backbone at its first pass, and no pickle takes these.
         parts, backbone = None, self.backbone
-        if (
-            backbone is not None
-        ):  # buffers that are not saved, such as angles of positions, have a precision of their own
+        if backbone is not None:  # unsaved buffers, such as angles of positions, have a precision of their own
             tensors = backbone.state_dict(), dict(backbone.named_buffers())
             parts = (type(backbone), backbone.config, backbone.generation_config, *tensors)
         head = {n: w for n, w in self.state_dict().items() if not n.startswith(f"{BACKBONE}.")}
