@@ -212,14 +212,22 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             self.set_reference()
         state, own = given or self.state_dict(), f"{BACKBONE}."
         head = {name: weight for name, weight in state.items() if not name.startswith(own)}
-        super().save_pretrained(save_directory, *args, state_dict=head, **kwargs)
+        # transformers refuses to write some generation settings that it has read; they are the backbone's, as they are.
+        settings, self.generation_config = self.generation_config, GenerationConfig()
+        try:
+            super().save_pretrained(save_directory, *args, state_dict=head, **kwargs)
+        finally:
+            self.generation_config = settings
         if not kwargs.get("is_main_process", True) or self.processor is None:
             return
         self.processor.save_pretrained(save_directory)
         if self.backbone is not None and self.config.store_backbone:
             folder = os.path.join(save_directory, BACKBONE)
             weights = {n.removeprefix(own): w for n, w in state.items() if n.startswith(own)} if given else None
-            self.backbone.save_pretrained(folder, *args, state_dict=weights, **kwargs)
+            view = copy.copy(self.backbone)
+            view.generation_config = GenerationConfig()
+            view.save_pretrained(folder, *args, state_dict=weights, **kwargs)
+            self.backbone.generation_config.to_json_file(os.path.join(folder, "generation_config.json"))
             self.tokenizer.save_pretrained(folder)
 
     @torch.no_grad()
