@@ -167,12 +167,16 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         subfolder = kwargs.get("subfolder") or ""
         if os.path.isdir(path) and not os.path.isfile(os.path.join(path, subfolder, "config.json")):
             raise OSError(f"{os.path.join(path, subfolder)} has no config.json; give the folder of a saved model")
+        _refuse_pointers(os.path.join(path, subfolder))
         loaded = super().from_pretrained(path, *args, dtype=torch.float32, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # With a config at hand, the tokenizers' loader does not ask about this repository's code once more.
         model.processor = NativeRetrievalProcessor.from_pretrained(
             path, config=model.config, subfolder=subfolder, **hub
         )
+        read, wanted = len(model.processor.word_tokenizer), model.config.copy_vocab_size
+        if model.config.copy_num_heads and wanted not in (None, read):  # without one, transformers takes another
+            raise OSError(f"{path}: word_tokenizer has {read} tokens, this head needs {wanted}; copy the folder again")
         if backbone is False:
             return loaded
         if not isinstance(backbone, PreTrainedModel):
@@ -183,11 +187,13 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
                 hub["revision"] = None if backbone else model.config.backbone_revision
                 backbone = backbone or model.config.backbone_name_or_path
             own = {k: v for k, v in {**hub, **own}.items() if v is not None}
+            source = os.path.join(backbone, own.get("subfolder", ""))
+            _refuse_pointers(source)
             try:
                 backbone = AutoModelForCausalLM.from_pretrained(backbone, **own)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 reason = " ".join(str(error).split())
-                raise OSError(f"backbone {backbone!r} cannot be loaded ({reason}); give backbone='path'") from error
+                raise OSError(f"backbone {source!r} cannot be loaded ({reason}); give backbone='path'") from error
         model._set_backbone(backbone)
         model._check_reference()
         return loaded
@@ -639,6 +645,14 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         if mode not in QUERY_MODES:
             raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(QUERY_MODES)}")
         return mode
+
+
+def _refuse_pointers(folder: str) -> None:
+    """Raises `OSError` if a local folder holds Git LFS's pointers in the place of its files."""
+    for path in (*Path(folder).glob("*.*"), *Path(folder).glob("word_tokenizer/*.*")):
+        with path.open("rb") as file:
+            if file.read(23) == b"version https://git-lfs":
+                raise OSError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
 
 
 def _unpickled(cls, config, processor, head: dict, parts: tuple | None, training: bool) -> NativeRetrievalModel:
