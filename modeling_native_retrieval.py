@@ -315,6 +315,8 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             `ValueError`: for shapes that do not fit, or without a backbone for what needs one.
         """
         device = self.query_head.projection.linear_in.weight.device
+        if input_ids is None and words is None:
+            raise ValueError("there is nothing to embed; give input_ids, or words alone")
         if input_ids is None:
             return NativeRetrievalOutput(query_embeddings=self.query_head.lexical(words.to(device)))
         if attention_mask is None:
