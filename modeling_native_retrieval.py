@@ -252,7 +252,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
     def _check_reference(self) -> None:
         cosine = float(F.cosine_similarity(self.reference_embedding.cpu(), self._reference().cpu(), dim=0))
         quantized = getattr(self.backbone, "hf_quantizer", None) is not None
-        if not cosine > (0.9 if quantized else 0.9995):
+        if not cosine > (0.9 if quantized else 0.9999):
             logger.warning(
                 f"A fixed conversation's vector has a cosine of {cosine:.4f} to the one stored with this model, wanted 1. "
                 "Weights, backbone, tokenizer or libraries are not those of its training; queries will find less."
