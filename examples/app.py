@@ -20,10 +20,10 @@ from starlette.middleware import Middleware
 
 from native_retrieval.agent import Agent
 from native_retrieval.cli import CommandParser, one_line_errors
+from native_retrieval.figures import plot_map
 from native_retrieval.index import DocumentIndex, label
 from native_retrieval.loading import load_model, local_paths
 from native_retrieval.methods import read_query
-from native_retrieval.report import plot_map
 from native_retrieval.teacher import Teacher, teacher_of
 
 EXAMPLES = ("Who painted Guernica?", "How high is Mount Everest?", "What did Clara Schumann compose?")

@@ -11,7 +11,8 @@ from huggingface_hub import snapshot_download
 from configuration_native_retrieval import NativeRetrievalConfig
 from modeling_native_retrieval import NativeRetrievalModel
 
-from .files import is_damaged
+from .cache import is_damaged
+from .names import check_model_name
 
 LOCAL = "_local.json"  # where backbone and teacher are on this machine; files that start with `_` are never pushed
 
@@ -23,10 +24,7 @@ def model_folder(name_or_path: str | os.PathLike) -> Path:
     Raises:
         `ValueError`: in one line, if there is none, it is one of another kind, or its weights are not as they were saved.
     """
-    if not Path(name_or_path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
-        raise ValueError(
-            f"model {name_or_path} is no folder, and no Hub id (owner/name); name a folder that train.py wrote"
-        )
+    check_model_name(str(name_or_path))
     try:
         folder = Path(name_or_path if Path(name_or_path).is_dir() else snapshot_download(str(name_or_path)))
         config, _ = NativeRetrievalConfig.get_config_dict(str(folder))

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from .loading import float32_is_faster
-from .shards import Advance, cached_rows, slices
+from .cache import Advance, cached_rows, slices
 
 # Fixed for ever: a teacher is recognised by its vectors of these.
 FINGERPRINT_SENTENCES = (
