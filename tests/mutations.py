@@ -727,7 +727,7 @@ MUTATIONS = [
     ),
     Mutation(
         "agent: documents may close their fence",
-        "native_retrieval/agent.py",
+        "native_retrieval/conversations.py",
         "{plain(': '.join(",
         "{(': '.join(",
         "app::test_a_document_cannot_leave_its_fence_or_forge_a_turn",
