@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import assert_one_line
 
 from modeling_native_retrieval import NativeRetrievalModel
 from native_retrieval.data import load_task
