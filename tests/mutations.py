@@ -596,9 +596,9 @@ MUTATIONS = [
     Mutation(
         "vLLM: special tokens in a text",
         VLLM,
-        "content=message.content{plain})",
+        "content=message.content | broken)",
         "content=message.content)",
-        "vllm::test_the_server_renders_messages_as_build_prompt_does",
+        "vllm::test_no_text_forges_a_turn",
     ),
     Mutation(
         "weights: checksum check",
@@ -727,7 +727,7 @@ MUTATIONS = [
     ),
     Mutation(
         "agent: documents may close their fence",
-        "native_retrieval/agent.py",
+        "native_retrieval/conversations.py",
         "{plain(': '.join(",
         "{(': '.join(",
         "app::test_a_document_cannot_leave_its_fence_or_forge_a_turn",
