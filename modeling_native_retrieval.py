@@ -33,9 +33,10 @@ logger = logging.get_logger(__name__)
 BACKBONE = "backbone"  # a sub-folder with an ordinary checkpoint
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 BACKBONE_ARGUMENTS = ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_buffers")
-BACKBONE_ARGUMENTS += ("offload_state_dict", "attn_implementation", "quantization_config", "low_cpu_mem_usage")
-# `generate` with one of these would go other ways than one cache can.
-ALONE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "cache_implementation", "custom_generate")
+BACKBONE_ARGUMENTS += ("attn_implementation", "quantization_config", "low_cpu_mem_usage")
+# With one of these, `generate` goes other ways than one cache can follow.
+ALONE = {"num_beams": 1, "num_return_sequences": 1, "assistant_model": None, "prompt_lookup_num_tokens": None}
+ALONE |= {"prefill_chunk_size": None, "cache_implementation": None, "custom_generate": None}
 # Its vector is stored with the weights and computed again at load.
 REFERENCE = [
     {"role": "user", "content": "Who painted Guernica?"},
@@ -65,42 +66,28 @@ class NativeRetrievalOutput(ModelOutput):
 @dataclass
 class QueryCache:
     """
-    Prompts that have passed through the backbone: its KV cache, and the hidden states that the head reads.
-
-    input_ids, attention_mask: `(batch, tokens)`. hidden_states: `(batch, tokens, layers, hidden_size)`.
-    past_key_values: the backbone's own cache, or `None` if it was not kept. words: what the processor has read of the turns.
+    Prompts that have passed through the backbone: `input_ids`, `attention_mask` `(batch, tokens)`, the `hidden_states`
+    `(batch, tokens, layers, hidden_size)` that the head reads, the backbone's own cache (`past_key_values`, unless it was
+    not kept), and the `words` that the processor has read of their turns.
     """
 
     input_ids: torch.LongTensor
     attention_mask: torch.LongTensor
-    hidden_states: torch.FloatTensor
+    hidden_states: torch.FloatTensor | None = None
     past_key_values: Any = None
     words: dict = field(default_factory=dict)
 
-    def fork(self) -> Any:
-        """The KV cache to go on from without changing this one. Its layers replace their tensors, recurrent ones do not."""
-        fork = copy.copy(self.past_key_values)
-        fork.layers = [(copy.deepcopy if _is_recurrent(layer) else copy.copy)(layer) for layer in fork.layers]
-        return fork
-
     def crop(self, columns: int) -> bool:
-        """Keeps the first columns of the KV cache. False, if a window or a recurrent state has lost what that needs."""
-        past = self.past_key_values
-        remove = past.get_seq_length() - columns
+        """Keeps the first columns. False, if a window or a recurrent state has lost what that needs."""
+        past, remove = self.past_key_values, self.past_key_values.get_seq_length() - columns
         for layer in past.layers if remove else ():
-            sliding = getattr(layer, "is_sliding", False)
-            if _is_recurrent(layer) or (
-                sliding and layer.keys.shape[-2] - remove < min(layer.sliding_window - 1, columns)
-            ):
+            window = min(layer.sliding_window - 1, columns) if getattr(layer, "is_sliding", False) else 0
+            if hasattr(layer, "recurrent_states") or (window and layer.keys.shape[-2] - remove < window):
                 return False
         if remove:
             past.activate_past_recording()  # `generate` may switch it off, and windows then refuse to be cropped
             past.crop(-remove)
         return True
-
-
-def _is_recurrent(layer: Any) -> bool:
-    return hasattr(layer, "recurrent_states")
 
 
 class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
@@ -144,12 +131,11 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             module.reset_parameters()
 
     def _set_backbone(self, backbone: PreTrainedModel) -> None:
-        seen = backbone.config.get_text_config()
         for name in ("hidden_size", "num_hidden_layers"):
-            if getattr(seen, name) != getattr(self.config, name):
+            seen, wanted = getattr(backbone.config.get_text_config(), name), getattr(self.config, name)
+            if seen != wanted:
                 raise ValueError(
-                    f"the backbone has {name}={getattr(seen, name)}, this head was made for {getattr(self.config, name)}; "
-                    f"give the backbone it was trained with, {self.config.backbone_name_or_path}"
+                    f"the backbone has {name}={seen}, this head needs {wanted}; give the one of its training"
                 )
         self.backbone = backbone.requires_grad_(False).eval()
         self.generation_config = backbone.generation_config
@@ -163,9 +149,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
     # -- load and save --------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, backbone: str | PreTrainedModel | bool | None = None, **kwargs
-    ):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, backbone: Any = None, **kwargs):
         """
         As in transformers. `dtype`, `device_map`, `max_memory`, `attn_implementation` and `quantization_config` concern the
         backbone; the head stays in float32. Everything is read before it returns.
@@ -181,25 +165,24 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         loaded = super().from_pretrained(path, *args, dtype=torch.float32, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # With a config at hand, the tokenizers' loader does not ask about this repository's code once more.
-        reads = {"config": model.config, "subfolder": subfolder, **hub}
-        model.processor = NativeRetrievalProcessor.from_pretrained(path, **reads)
+        model.processor = NativeRetrievalProcessor.from_pretrained(
+            path, config=model.config, subfolder=subfolder, **hub
+        )
         if backbone is False:
             return loaded
         if not isinstance(backbone, PreTrainedModel):
-            source, revision = backbone, None
-            if source is None and model.config.store_backbone:
-                own |= {"subfolder": os.path.join(subfolder, BACKBONE), "revision": hub.get("revision")}
-                source, own["trust_remote_code"] = path, kwargs.get("trust_remote_code")
-            elif source is None:
-                source, own["revision"] = model.config.backbone_name_or_path, model.config.backbone_revision
-            own = {k: v for k, v in {**hub, "revision": revision, **own}.items() if v is not None}
+            if backbone is None and model.config.store_backbone:
+                backbone, own["subfolder"] = path, os.path.join(subfolder, BACKBONE)
+                own["trust_remote_code"] = kwargs.get("trust_remote_code")
+            else:
+                hub["revision"] = None if backbone else model.config.backbone_revision
+                backbone = backbone or model.config.backbone_name_or_path
+            own = {k: v for k, v in {**hub, **own}.items() if v is not None}
             try:
-                backbone = AutoModelForCausalLM.from_pretrained(source, **own)
+                backbone = AutoModelForCausalLM.from_pretrained(backbone, **own)
             except OSError as error:
-                raise OSError(
-                    f"the backbone {source!r} cannot be loaded ({' '.join(str(error).split())}); name a local copy: "
-                    'from_pretrained(..., backbone="path")'
-                ) from error
+                reason = " ".join(str(error).split())
+                raise OSError(f"backbone {backbone!r} cannot be loaded ({reason}); give backbone='path'") from error
         model._set_backbone(backbone)
         model._check_reference()
         return loaded
@@ -246,15 +229,14 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         self.train(training)
         return vector
 
+    @torch.no_grad()
     def _check_reference(self) -> None:
-        with torch.no_grad():
-            cosine = float(F.cosine_similarity(self.reference_embedding.float().cpu(), self._reference().cpu(), dim=0))
-        exact = getattr(self.backbone, "hf_quantizer", None) is None
-        if not cosine > (0.9995 if exact else 0.98):
+        cosine = float(F.cosine_similarity(self.reference_embedding.cpu(), self._reference().cpu(), dim=0))
+        quantized = getattr(self.backbone, "hf_quantizer", None) is not None
+        if not cosine > (0.9 if quantized else 0.9995):
             logger.warning(
-                f"A fixed conversation's vector has a cosine of {cosine:.3f} to the one stored with this model, wanted 1. Its "
-                "weights, its backbone, its tokenizer or the installed libraries are not those of its training: queries will "
-                "find less."
+                f"A fixed conversation's vector has a cosine of {cosine:.4f} to the one stored with this model, wanted 1. "
+                "Weights, backbone, tokenizer or libraries are not those of its training; queries will find less."
             )
 
     def __reduce__(self):
@@ -333,47 +315,45 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         )
         return NativeRetrievalOutput(vectors, attributions, input_ids, attention_mask)
 
-    @torch.no_grad()
     def prefill(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
-        use_cache: bool = True,
-        cache: QueryCache | None = None,
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None, use_cache: bool = True
     ) -> QueryCache:
         """
-        One pass of prompts `(batch, tokens)` through the backbone, without its language-model head. Of a `cache`'s
-        tokens, which are the first columns of the prompts, none passes again.
+        One pass of prompts `(batch, tokens)` through the backbone, without its language-model head.
 
         Raises:
             `ValueError`: for a prompt that is longer than the backbone's context.
         """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self._pass(QueryCache(input_ids.to(self._device()), mask.to(self._device())), use_cache)
+
+    @torch.no_grad()
+    def _pass(self, cache: QueryCache, use_cache: bool = True) -> QueryCache:
+        """Passes those columns of the prompts that are not in the cache yet; fills it in place."""
         if self.backbone is None:
             raise ValueError("this model was loaded without its backbone; load it with one, or give hidden_states")
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        ids, mask = cache.input_ids, cache.attention_mask
         longest = getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None)
-        if longest and input_ids.shape[1] > longest and (tokens := int(mask.sum(1).max())) > longest:
+        if longest and ids.shape[1] > longest and (tokens := int(mask.sum(1).max())) > longest:
             raise ValueError(
-                f"a prompt of {tokens} tokens is longer than the backbone's context of {longest}; set the processor's "
-                "max_prompt_tokens to less"
+                f"a prompt of {tokens} tokens is longer than the backbone's context of {longest}; lower the processor's "
+                "max_prompt_tokens"
             )
-        input_ids, mask = input_ids.to(self._device()), mask.to(self._device())
-        past, known = (cache.past_key_values, cache.past_key_values.get_seq_length()) if cache else (None, 0)
-        if past is None and use_cache:
-            past = DynamicCache(config=self.backbone.config)
-            past.activate_past_recording()  # sliding windows could not be cropped otherwise
-        output = self._reading_part(past is None)(
-            input_ids=input_ids[:, known:],
+        if cache.past_key_values is None and use_cache:
+            cache.past_key_values = DynamicCache(config=self.backbone.config)
+            cache.past_key_values.activate_past_recording()  # sliding windows could not be cropped otherwise
+        known = cache.past_key_values.get_seq_length() if use_cache else 0
+        output = self._reading_part(not use_cache)(
+            input_ids=ids[:, known:],
             attention_mask=mask,
             position_ids=(mask.long().cumsum(1) - 1).clamp(min=0)[:, known:],
-            past_key_values=past,
-            use_cache=past is not None,
+            past_key_values=cache.past_key_values,
+            use_cache=use_cache,
             output_hidden_states=True,
         )
         states = self._stacked(output.hidden_states)
-        if known:
-            states = torch.cat((cache.hidden_states[:, :known], states), dim=1)
-        return QueryCache(input_ids, mask, states, past, cache.words if cache else {})
+        cache.hidden_states = torch.cat((cache.hidden_states[:, :known], states), dim=1) if known else states
+        return cache
 
     def _stacked(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The states that the head reads, `(batch, tokens, layers, hidden_size)`, on one device."""
@@ -427,8 +407,10 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             pad_token_id=self.processor.pad_token_id,
         )
         mask = torch.cat((cache.attention_mask, torch.ones_like(start)), dim=1)
-        copied = QueryCache(cache.input_ids, mask, cache.hidden_states, cache.fork(), cache.words)
-        copied.input_ids = torch.cat((cache.input_ids, start), dim=1)
+        past = copy.copy(cache.past_key_values)  # layers replace their tensors; recurrent ones write into them
+        recurrent = [hasattr(layer, "recurrent_states") for layer in past.layers]
+        past.layers = [copy.deepcopy(x) if r else copy.copy(x) for x, r in zip(past.layers, recurrent, strict=True)]
+        copied = QueryCache(torch.cat((cache.input_ids, start), dim=1), mask, cache.hidden_states, past)
         self._generate(copied, generation_config=settings)
         begin, end = mask.shape[1], mask.shape[1] + self.config.max_query_tokens
         written = copied.input_ids[:, begin:end]
@@ -458,13 +440,11 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         del kwargs["past_key_values"]
         rows = self._rows(input_ids, kwargs.pop("attention_mask", None))
         settings = kwargs.get("generation_config") or self.backbone.generation_config
-        fixed = {"num_beams": 1, "num_return_sequences": 1, **dict.fromkeys(ALONE)}
-        wrong = {name: kwargs.get(name, getattr(settings, name, None)) for name in fixed}
-        wrong = {name: value for name, value in wrong.items() if value not in (None, fixed[name])}
+        for name, plain in ALONE.items():
+            if kwargs.get(name, getattr(settings, name, None)) not in (None, plain):
+                raise ValueError(f"generate cannot go on from a cache with {name}; leave {name} or past_key_values out")
         if kwargs.pop("use_cache", True) is False:
-            wrong["use_cache"] = False
-        for name in wrong:
-            raise ValueError(f"generate cannot go on from a cache with {name}; leave {name} or past_key_values out")
+            raise ValueError("use_cache=False contradicts past_key_values; leave one of them out")
         self._continue(cache, rows)
         laid_out, wants = cache.input_ids.shape[1], kwargs.pop("output_hidden_states", False)
         returns_dict = kwargs.pop("return_dict_in_generate", None) or settings.return_dict_in_generate
@@ -476,6 +456,8 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
 
     def _generate(self, cache: QueryCache, **kwargs) -> ModelOutput:
         """Generates after `cache.input_ids`, whose first columns have passed, and keeps what passes."""
+        if cache.past_key_values is None:
+            cache.past_key_values = DynamicCache(config=self.backbone.config)
         known = cache.past_key_values.get_seq_length()
         flags = {"use_cache": True, "return_dict_in_generate": True, "output_hidden_states": True}
         if kwargs.get("generation_config") is not None:
@@ -510,8 +492,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         # Windows and recurrent states count columns, padding between the tokens of a row included.
         plain = all(type(layer).__name__ == "DynamicLayer" for layer in cache.past_key_values.layers)
         if not any(counts) or not (plain or len({*map(len, rest)}) == 1) or not cache.crop(columns):
-            columns, rest, cache.past_key_values = 0, prompts, DynamicCache(config=self.backbone.config)
-            cache.past_key_values.activate_past_recording()
+            columns, rest, cache.past_key_values = 0, prompts, None
         more = [part.to(cache.input_ids.device) for part in self.processor.pad(rest)]
         cache.input_ids = torch.cat((cache.input_ids[:, :columns], more[0]), dim=1)
         cache.attention_mask = torch.cat((cache.attention_mask[:, :columns], more[1]), dim=1)
@@ -520,7 +501,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
     def _rows(self, input_ids: Any, attention_mask: torch.Tensor | None) -> list[list[int]]:
         """Checked token ids without their padding."""
         if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-            seen = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+            seen = tuple(getattr(input_ids, "shape", ())) or type(input_ids).__name__
             raise ValueError(f"input_ids is {seen}; give a tensor of token ids (batch, tokens)")
         outside = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)]
         if len(outside):
@@ -528,11 +509,9 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         if attention_mask is None and len(input_ids) > 1:
             raise ValueError("token ids of several rows may hold padding; give attention_mask as well")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
-        if mask.shape != input_ids.shape or not mask.any(1).all():
-            raise ValueError(
-                f"attention_mask {tuple(mask.shape)} must have the shape of input_ids {tuple(input_ids.shape)}, and a token in "
-                "each row"
-            )
+        if mask.shape != input_ids.shape or not input_ids.numel() or not mask.any(1).all():
+            shapes = f"{tuple(mask.shape)} and {tuple(input_ids.shape)}"
+            raise ValueError(f"attention_mask and input_ids, {shapes}, need one shape and a token in each row")
         return [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
 
     # -- conversations to vectors ---------------------------------------------------------------------------------------
@@ -584,13 +563,11 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             return self.embed_prompts(prompts, mode=mode, batch_size=batch_size)
         if not prompts:
             raise ValueError("queries is empty; a cache or attributions need at least one conversation")
-        if past_key_values is None:
+        if (cache := past_key_values) is None:
             cache = self.prefill(*self.processor.pad(prompts))
         else:
-            self._continue(past_key_values, prompts)
-            cache = self.prefill(past_key_values.input_ids, past_key_values.attention_mask, cache=past_key_values)
-            past_key_values.__dict__.update(cache.__dict__)
-            cache = past_key_values
+            self._continue(cache, prompts)
+            self._pass(cache)
         output = self.embed_prefilled(cache, mode)
         if output.attributions is not None:  # not those of a written query
             output.attributions = output.attributions[:, : cache.input_ids.shape[1]]

@@ -1,14 +1,18 @@
-"""What agents and users put around a question: system prompts, tools, half turns, typos, other topics.
+"""What agents and users put around a question: system prompts, tools, half turns, typos, an earlier topic.
 
-Logs that a head is trained on seldom have them, and real conversations do. [`vary`] and [`behind_others`] add them to a
-training conversation; the question, and so the document that answers it, stays the same. `benchmarks/robustness.py`
-measures with sentences that are not among these.
+Training logs seldom have them, and real conversations do. [`augment`] and [`shift_topic`] add them to a conversation; the
+question stays the same, and so does the document that answers it. `benchmarks/robustness.py` measures with other
+sentences than these.
 """
 
 import json
 import random
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from itertools import takewhile
 from typing import Any
+
+from .conversations import INSTRUCTION_ROLES, num_user_turns
 
 Conversation = list[dict[str, Any]]
 
@@ -50,18 +54,18 @@ HALF_TURNS = (
     "Good question. To answer it I need to",
     "Let me find out what is known about this.",
 )
-NUM_OTHER_TURNS = (1, 2, 3, 5, 8, 13, 20)  # few are as hard to tell from one's own as many, and cost less
+NUM_DISTRACTOR_TURNS = (1, 2, 3, 5, 8, 13, 20)  # few are as hard to tell from one's own as many, and cost less
 EMPTY_RESULTS = ("No results.", "[]", "Error: the request timed out.", '{"status": "ok", "items": []}', "Done.")
 
 
-def vary(
+def augment(
     messages: Conversation, passages: Sequence[str], rng: random.Random, rewrite: str | None = None
 ) -> Conversation:
     """
-    The same conversation as it may look in an agent: one or two changes, drawn at random.
+    The same conversation as it may look in an agent: one or two changes, at random.
 
     Args:
-        passages (`list[str]`): what a tool may have returned; seldom what this question is about.
+        passages (`list[str]`): what a tool may have returned; seldom about this question.
         rewrite (`str`, *optional*): the last question in a form that stands alone. It sometimes takes that question's
             place, so that the head learns when the turns before have nothing to add.
     """
@@ -72,9 +76,42 @@ def vary(
     return messages
 
 
-def behind_others(messages: Conversation, others: Sequence[Conversation], rng: random.Random) -> Conversation:
-    """The same conversation behind 1 to 20 user turns of other ones; which, `rng` alone decides, and not the messages."""
-    return with_other_topics(messages, others, _user_turns(messages) + rng.choice(NUM_OTHER_TURNS), rng)
+def shift_topic(messages: Conversation, others: Sequence[Conversation], rng: random.Random) -> Conversation:
+    """The same conversation after 1 to 20 user turns of others; `rng` alone decides which, and not the messages."""
+    return with_distractor_turns(messages, others, num_user_turns(messages) + rng.choice(NUM_DISTRACTOR_TURNS), rng)
+
+
+class OtherConversations(Sequence[Conversation]):
+    """
+    The conversations of a data set without those of one name: a view, so that one for each name costs nothing.
+
+    Args:
+        conversations (`list`): of the whole data set.
+        left_out (`list[int]`): places of those that are left out, ascending.
+    """
+
+    def __init__(self, conversations: Sequence[Conversation], left_out: Sequence[int]):
+        self.conversations, self.left_out = conversations, left_out
+
+    def __len__(self) -> int:
+        return len(self.conversations) - len(self.left_out)
+
+    def __getitem__(self, i: int) -> Conversation:
+        for place in self.left_out:
+            if place > i:
+                break
+            i += 1
+        return self.conversations[i]
+
+
+def others_by_name(
+    names: Sequence[Hashable], conversations: Sequence[Conversation]
+) -> Callable[[Hashable], OtherConversations]:
+    """A function from a name to the conversations that have another one."""
+    places = defaultdict(list)
+    for place, name in enumerate(names):
+        places[name].append(place)
+    return lambda name: OtherConversations(conversations, places.get(name, ()))
 
 
 def with_typos(text: str, rng: random.Random) -> str:
@@ -87,31 +124,33 @@ def with_typos(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def with_other_topics(messages: Conversation, others: Sequence[Conversation], count: int, rng: random.Random):
-    """The conversation behind turns of other ones, until it has `count` user turns; as it is if it has them."""
-    room = count - _user_turns(messages) if any(_user_turns(_said(other)) for other in others) else 0
+def with_distractor_turns(
+    messages: Conversation, others: Sequence[Conversation], count: int, rng: random.Random
+) -> Conversation:
+    """The conversation after turns of other ones, until it has `count` user turns; as it is if it has them."""
+    room = count - num_user_turns(messages) if any(num_user_turns(_said(other)) for other in others) else 0
     before: Conversation = []
-    while _user_turns(before) < room:
+    while num_user_turns(before) < room:
         topic = _said(rng.choice(others))
-        if _user_turns(topic[:-1]):
+        if num_user_turns(topic[:-1]):
             before += topic[:-1]
-        elif _user_turns(topic):
+        elif num_user_turns(topic):
             before += [topic[-1], {"role": "assistant", "content": "I see."}]
     starts = [i for i, message in enumerate(before) if message["role"] == "user"]
-    system = [message for message in messages[:1] if message["role"] == "system"]
-    return [*system, *(before[starts[-room] :] if room > 0 else []), *messages[len(system) :]]
+    instructions = list(takewhile(_instructs, messages))
+    return [*instructions, *(before[starts[-room] :] if room > 0 else []), *messages[len(instructions) :]]
 
 
 def _said(messages: Conversation) -> Conversation:
-    return [message for message in messages if message["role"] != "system" and message["content"].strip()]
+    return [m for m in messages if not _instructs(m) and (m["content"].strip() or m.get("tool_calls"))]
 
 
-def _user_turns(messages: Conversation) -> int:
-    return sum(message["role"] == "user" for message in messages)
+def _instructs(message: dict[str, Any]) -> bool:
+    return message["role"] in INSTRUCTION_ROLES
 
 
 def _system(messages, passages, rng):
-    if messages[0]["role"] == "system":
+    if _instructs(messages[0]):
         return messages
     text = " ".join(rng.sample(INSTRUCTIONS, rng.randint(1, len(INSTRUCTIONS))))
     if rng.random() < 0.4:
@@ -136,7 +175,7 @@ def _result(passages, rng) -> dict:
 
 
 def _tool_result(messages, passages, rng):
-    """A tool was called earlier: behind one of the user's turns before the last, or in a turn before them all."""
+    """A tool was called earlier: after one of the user's turns before the last, or in a turn before them all."""
     call = [{"role": "assistant", "content": rng.choice(HALF_TURNS)}, _result(passages, rng)]
     places = [i for i, message in enumerate(messages[:-1]) if message["role"] == "user"]
     if not places:

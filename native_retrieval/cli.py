@@ -1,4 +1,4 @@
-"""What the command lines share: help that teaches, and one line that names the nearest flag to a mistyped one."""
+"""What the command lines share: one parser of YAML and flags, help that teaches, and errors in one line."""
 
 import copy
 import difflib
@@ -6,9 +6,10 @@ import functools
 import os
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
@@ -23,14 +24,20 @@ def nearest(word: str, known: Collection[str]) -> str:
 
 
 def one_line_errors(name: str) -> Callable[[Callable[..., object]], Callable[..., int]]:
-    """Makes a function a command, which returns its exit code: 0, or 2 for bad input, after `name` and one line on stderr."""
+    """
+    Makes a function a command, which returns its exit code: 0, or 2 for bad input, after `name` and one line on stderr.
+
+    With `--debug_errors` on the command line, the error itself.
+    """
 
     def decorate(function: Callable[..., object]) -> Callable[..., int]:
         @functools.wraps(function)
         def command(*arguments) -> int:
             try:
                 function(*arguments)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, FloatingPointError) as error:
+                if "--debug_errors" in sys.argv:
+                    raise
                 print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
                 return 2
             return 0
@@ -80,7 +87,7 @@ class CommandParser(ArgumentParser):
 
 class Parser(HfArgumentParser):
     """
-    transformers' parser of dataclasses, with its flags in groups and errors as `ValueError`.
+    transformers' parser of dataclasses, with its flags in groups, a YAML file before them, and errors as `ValueError`.
 
     Args:
         groups (`dict[str, Collection[str]]`): the fields to show under each title; others work, and are not listed.
@@ -94,5 +101,71 @@ class Parser(HfArgumentParser):
         for title, names in groups.items():
             self.add_argument_group(title)._group_actions.extend(actions[name] for name in names)
 
+    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """
+        `[recipe.yaml] [--field value ...]` to one instance of each dataclass; the command line wins.
+
+        Raises:
+            `ValueError`: in one line, for a file that cannot be read, an unknown field, or a value that does not fit.
+        """
+        known = {"help", *(field.name for group in self.dataclass_types for field in fields(group) if field.init)}
+        words, argv = [], list(argv)
+        if argv and not argv[0].startswith("-"):
+            path = Path(argv.pop(0))
+            recipe = _read_recipe(path)
+            for name in recipe:
+                self._check_name(str(name), known, f"recipe {path}")
+            words = _as_words(recipe)
+        # Before parsing: argparse would complain about the required flag that a mistyped one leaves unset.
+        for word in argv:
+            if word.startswith("--"):
+                name = word[2:].partition("=")[0].replace("-", "_")
+                self._check_name(name.removeprefix("no_"), known, "command line")
+        try:
+            *parsed, unused = self.parse_args_into_dataclasses(
+                words + argv, return_remaining_strings=True, look_for_args_file=False
+            )
+        except OSError as error:  # transformers takes a field that is no mapping for the name of a JSON file
+            raise ValueError(
+                f"{error.filename!r}, which a field names, cannot be read ({error.strerror}); give an existing JSON "
+                "file, or the mapping itself"
+            ) from error
+        if unused:
+            raise ValueError(f"{unused[0]!r} belongs to no field; see `python {self.prog} --help`")
+        return tuple(parsed)
+
+    def _check_name(self, name: str, known: Collection[str], where: str) -> None:
+        if name not in known:
+            hint = nearest(name, known) or f"; see `python {self.prog} --help`"
+            raise ValueError(f"{where}: unknown field {name!r}{hint}")
+
     def error(self, message: str) -> NoReturn:  # argparse would print the whole usage first
         raise ValueError(message)
+
+
+def _read_recipe(path: Path) -> dict[Any, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"recipe {path} does not exist; give a YAML file, such as configs/demo.yaml")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except Exception as error:  # for a bad date or number, YAML's reader raises whatever Python does
+        raise ValueError(f"recipe {path} is not YAML in UTF-8: {' '.join(str(error).split())}") from error
+    if recipe is not None and not isinstance(recipe, dict):
+        raise ValueError(f"recipe {path} holds a {type(recipe).__name__}; write `field: value` lines")
+    return recipe or {}
+
+
+def _as_words(recipe: Mapping[Any, Any]) -> list[str]:
+    """YAML fields as words of a command line: both then pass the same checks and conversions."""
+    words = []
+    for name, value in recipe.items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, (dict, list)) or (isinstance(value, list) and str(item).startswith("--")):
+                raise ValueError(f"recipe field {name} holds {item!r:.60}; give a value, or a list of values")
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")  # as one word: a text may begin with a dash
+    return words

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from configuration_native_retrieval import NativeRetrievalConfig
 from modeling_native_retrieval import NativeRetrievalModel
 
-from .files import is_damaged
+from .cache import is_damaged
 from .names import check_model_name
 
 LOCAL = "_local.json"  # where backbone and teacher are on this machine; files that start with `_` are never pushed
@@ -44,9 +44,9 @@ def model_folder(name_or_path: str | os.PathLike) -> Path:
     return folder
 
 
-def load_model(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
+def load_model(name_or_path: str | os.PathLike, **kwargs) -> NativeRetrievalModel:
     """
-    A model that train.py wrote, in eval mode, on the GPU if there is one.
+    A model that train.py wrote, in eval mode, on the GPU if there is one. `kwargs` are those of `from_pretrained`.
 
     Raises:
         `ValueError`: in one line, if there is none, it cannot be read, its weights are not as they were saved, or it does
@@ -58,7 +58,7 @@ def load_model(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
     if backbone and not (folder / "backbone").is_dir():
         options["backbone"] = backbone
     try:
-        model = NativeRetrievalModel.from_pretrained(str(folder), **options)
+        model = NativeRetrievalModel.from_pretrained(str(folder), **(options | kwargs))
     except Exception as error:  # of a damaged file, each library raises whatever its authors chose
         raise _not_loaded(name_or_path, error) from error
     if not model.config.teacher_fingerprint or not model.config.teacher_name_or_path:

@@ -3,7 +3,11 @@
 - [`alignment_loss`] anchors the space: without it nothing says which of all rotations is the teacher's.
 - [`contrastive_loss`] pushes a query towards its document and away from the batch's others.
 - [`rank_distillation_loss`] hands over the teacher's order of its nearest documents, wrong answers included.
+
+[`loss_parts`] computes those of a batch whose weight is not 0.
 """
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +118,11 @@ def contrastive_loss(
 
 
 def rank_distillation_loss(
-    student_scores: torch.Tensor, teacher_scores: torch.Tensor, *, temperature: float = 0.05
+    student_scores: torch.Tensor,
+    teacher_scores: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    temperature: float = 0.05,
 ) -> torch.Tensor:
     """
     KL(teacher || student) between the score distributions over the teacher's top documents of each query.
@@ -123,6 +131,7 @@ def rank_distillation_loss(
         student_scores (`torch.Tensor` of shape `(batch, k)`): cosines of our vector with the k documents.
         teacher_scores (`torch.Tensor` of shape `(batch, k)`): the teacher's own, in the same order; the paper takes
             k=128.
+        mask (`torch.BoolTensor` of shape `(batch, k)`, *optional*): which of them are documents; the rest is padding.
         temperature (`float`): of both softmaxes. Far too low, the teacher's distribution is one document and most of
             the order carries no gradient; far too high, all documents look alike.
 
@@ -137,9 +146,54 @@ def rank_distillation_loss(
     _check_pairs(student_scores, teacher_scores, "teacher_scores")
     if student_scores.shape[1] < 2:
         raise ValueError("rank_distillation_loss: 1 document gives no ranking; distil over at least 2")
+    if mask is not None:
+        low = torch.finfo(student_scores.dtype).min / 1e4  # padding takes no part on either side
+        student_scores, teacher_scores = student_scores.masked_fill(~mask, low), teacher_scores.masked_fill(~mask, low)
     student = F.log_softmax(student_scores / temperature, dim=-1)
     teacher = F.log_softmax(teacher_scores / temperature, dim=-1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def loss_parts(vectors: torch.Tensor, batch: Mapping[str, torch.Tensor], args) -> dict[str, torch.Tensor]:
+    """
+    The losses of a batch whose weight is not 0, by name.
+
+    Args:
+        vectors (`torch.Tensor` of shape `(batch, dim)`): of the queries.
+        batch: from `dataset.collate`; on several devices with `other_positives` and `other_positive_ids` of the others.
+        args (`NativeRetrievalTrainingArguments`): weights and temperatures.
+    """
+    parts = {}
+    if args.alignment_weight:
+        parts["alignment"] = alignment_loss(vectors, batch["targets"])
+    if args.contrastive_weight:
+        positives, ids = batch["positives"], batch["positive_ids"][:, 0]
+        if "other_positives" in batch:
+            positives = torch.cat((positives, batch["other_positives"]))
+            ids = torch.cat((ids, batch["other_positive_ids"]))
+        parts["contrastive"] = contrastive_loss(
+            vectors,
+            positives,
+            positive_ids=ids,
+            negatives=batch.get("negatives"),
+            negative_ids=batch.get("negative_ids"),
+            known_positives=batch["positive_ids"],
+            temperature=args.contrastive_temperature,
+        )
+    if args.rank_weight:
+        parts["rank"] = vectors.sum() * 0.0
+        rows = batch["ranking_mask"].sum(1) > 1 if "ranking" in batch else None
+        if rows is not None and rows.any():
+            documents = batch["ranking"][rows]
+            kl = rank_distillation_loss(
+                torch.einsum("bd,bkd->bk", vectors[rows], documents),
+                torch.einsum("bd,bkd->bk", batch["targets"][rows], documents),
+                mask=batch["ranking_mask"][rows],
+                temperature=args.rank_temperature,
+            )
+            # The mean is over the whole batch: a row without a ranking counts as one that is right.
+            parts["rank"] = kl * rows.float().mean()
+    return parts
 
 
 def _check_pairs(a: torch.Tensor, b: torch.Tensor, name: str) -> None:

@@ -78,14 +78,6 @@ def command(module: str, words: str, main: str = "main") -> Callable[[World], in
     return lambda world: getattr(importlib.import_module(module), main)(shlex.split(words))
 
 
-def demo(words: str) -> Callable[[World], int]:
-    def call(world: World) -> int:
-        with mock.patch("native_retrieval.demo.Demo.run"):  # ten minutes, if the words were right
-            return command("native_retrieval.demo", words)(world)
-
-    return call
-
-
 def script(path: str, words: str) -> Callable[[World], None]:
     def call(world: World) -> None:
         with mock.patch.object(sys, "argv", [path, *shlex.split(words)]):
@@ -381,7 +373,10 @@ ROWS = [
     module("card", "model notes.json", "notes.json has no field 'dataset'", "eval.py", files={"notes.json": "{}"}),
     module("card", "bad", "bad/training.json is no JSON file", "make it again", copy="model", files={"bad/training.json": "{"}),
     module("card", "", "model", "required", "--help"),
-    Row("python -m native_retrieval.demo", "--smok", demo("--smok"), ("--smok", "--help lists all")),
+    module("assets", "", "COMMAND", "required", "--help"),
+    module("assets", "documents out --folder nowhere", "nowhere/wikipedia/corpus.jsonl", "fetch"),
+    module("build_index", "--corpus nowhere --teacher teacher --output out", "nowhere", "no such folder"),
+    module("build_index", "--corpus data --teacher teacher --output model", "model exists", "name another"),
     module("synthesis", "--corpus nowhere --output new", "nowhere", "expected a .jsonl"),
     module("synthesis", "--corpus data", "--output", "required"),
     module("synthesis", "--corpus data --output model", "model exists", "choose another"),

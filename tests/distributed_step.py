@@ -14,14 +14,15 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import ConcatDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_native_retrieval import NativeRetrievalModel
 from native_retrieval import features as features_module
 from native_retrieval import teacher as teacher_module
+from native_retrieval.arguments import DataArguments, NativeRetrievalTrainingArguments
 from native_retrieval.data import load_task
-from native_retrieval.dataset import RetrievalExamples, build_examples
+from native_retrieval.dataset import QuerySet, RetrievalExamples, build_examples
 from native_retrieval.features import cached_queries
+from native_retrieval.initialise import from_backbone
 from native_retrieval.teacher import Teacher
-from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
+from native_retrieval.trainer import NativeRetrievalTrainer
 
 if "ACCELERATE_USE_FSDP" in os.environ:
     import fsdp_on_cpu  # noqa: F401
@@ -53,7 +54,7 @@ folder, result = Path(output).parent, {}
 teacher_module.SHARD_ROWS = features_module.SHARD_QUERIES = 4
 features_module.SHARD_TOKENS = 512
 teacher = Teacher(teacher_dir, cache_dir=folder / "teacher")
-model = NativeRetrievalModel.from_backbone(
+model = from_backbone(
     AutoModelForCausalLM.from_pretrained(backbone_dir),
     teacher,
     tokenizer=AutoTokenizer.from_pretrained(backbone_dir),
@@ -64,24 +65,23 @@ model = NativeRetrievalModel.from_backbone(
     max_query_tokens=8,
 )
 task = load_task(data, "train")
-cached_queries(model, [model.build_prompt(messages) for messages in task.queries["messages"]], folder / "cache")
+cached_queries(model, [model.processor.encode(messages) for messages in task.queries["messages"]], folder / "cache")
 
 
-def build(count: int, **more) -> RetrievalExamples:
-    queries = task.queries.select(range(count))
-    examples = build_examples(
-        model, teacher, queries, task.corpus, "context", cache_dir=str(folder / "cache"), num_hard_negatives=2, **more
-    )
+def build(count: int, changed=None, unchanged=None) -> RetrievalExamples:
+    queries = QuerySet("train", task.queries.select(range(count)), task.corpus, changed=changed)
+    settings = DataArguments(cache_dir=str(folder / "cache"), num_hard_negatives=2, target_repulsion_threshold=1)
+    examples = build_examples(model, teacher, queries, settings, unchanged)
     examples.num_hard_negatives = examples.hard_negatives.shape[1]  # all of the pool: which are drawn must not differ
     return examples
 
 
 for name, (count, (alignment, contrastive, rank, consistency), *accumulated) in json.loads(cases).items():
     examples = build(count)
-    if consistency:  # the second half is of the first's conversations, behind a system message
+    if consistency:  # the second half is of the first's conversations, after a system message
         plain, half = build(-(-count // 2)), count // 2
         seen = [[{"role": "system", "content": "Be brief."}, *m] for m in task.queries[:half]["messages"]]
-        examples = ConcatDataset([plain, build(half, seen=seen, unchanged=plain)])
+        examples = ConcatDataset([plain, build(half, seen, plain)])
     arguments = NativeRetrievalTrainingArguments(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=int(batch_size),

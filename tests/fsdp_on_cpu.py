@@ -6,7 +6,6 @@ until the first checkpoint is written, and then as if killed.
 
 import os
 import signal
-import sys
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -23,7 +22,8 @@ def as_on_gpus(self, *args, **kwargs):
 PartialState.__init__ = as_on_gpus
 
 if __name__ == "__main__":
-    import train
+    import runpy
+
     from native_retrieval.trainer import NativeRetrievalTrainer
 
     if "STOP_AT_CHECKPOINT" in os.environ:
@@ -35,4 +35,4 @@ if __name__ == "__main__":
             os.kill(os.getpid(), signal.SIGKILL)
 
         NativeRetrievalTrainer._save_checkpoint = save_and_die
-    sys.exit(train.command(sys.argv[1:]))
+    runpy.run_path("train.py", run_name="__main__")

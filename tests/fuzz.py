@@ -3,7 +3,7 @@
     python tests/fuzz.py                # ten minutes
     python tests/fuzz.py --minutes 2
 
-`test_data.py` and `test_trainer.py` run a few examples of the same properties.
+`test_data.py` and `test_arguments.py` run a few examples of the same properties.
 """
 
 import argparse
@@ -30,9 +30,8 @@ from hypothesis import strategies as st
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-import train  # noqa: E402
-from native_retrieval import data  # noqa: E402
-from native_retrieval.trainer import NativeRetrievalTrainingArguments  # noqa: E402
+from native_retrieval import arguments, data  # noqa: E402
+from native_retrieval.conversations import ROLES  # noqa: E402
 
 # Data: whole files, one of which is damaged or replaced
 
@@ -51,7 +50,7 @@ LOADERS: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
 ]
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(data.ROLES),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(ROLES),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=5),
     max_leaves=12,
 )
@@ -100,8 +99,9 @@ def check_folder(files: dict[str, bytes]) -> None:
 
 # What would reach for a cluster, a device or an account is not for a fuzzer.
 REACHING = ("local_rank", "ddp_", "deepspeed", "fsdp", "hub_", "push_", "torch_compile", "parallelism_config", "tf32")
-OURS = [name for group in (train.ModelArguments, train.DataArguments) for name in group.__dataclass_fields__]
-THEIRS = [name for name, f in NativeRetrievalTrainingArguments.__dataclass_fields__.items() if f.init]
+GROUPS = (arguments.ModelArguments, arguments.DataArguments, arguments.RunArguments)
+OURS = [name for group in GROUPS for name in group.__dataclass_fields__]
+THEIRS = [name for name, f in arguments.NativeRetrievalTrainingArguments.__dataclass_fields__.items() if f.init]
 NAMES = OURS + [name for name in THEIRS if not name.startswith(REACHING)]
 
 scalars = (
@@ -138,7 +138,7 @@ def check_recipe(recipe: bytes) -> None:
         path.write_bytes(recipe)
         try:
             with mock.patch.dict(os.environ):  # transformers' arguments tell accelerate of a precision through these
-                train.parse([str(path), "--output_dir", folder, "--use_cpu"])
+                arguments.parse([str(path), "--output_dir", folder, "--use_cpu"])
         except ValueError as error:
             assert str(error) and "\n" not in str(error).strip(), str(error)
 

@@ -50,7 +50,7 @@ LOSSES, TRAINER = "native_retrieval/losses.py", "native_retrieval/trainer.py"
 MODEL, CONFIG = "modeling_native_retrieval.py", "configuration_native_retrieval.py"
 METRICS, DATA, EXAMPLES = "native_retrieval/metrics.py", "native_retrieval/data.py", "native_retrieval/dataset.py"
 TEACHER, INDEX = "native_retrieval/teacher.py", "native_retrieval/index.py"
-LOADING, SYNTHESIS = "native_retrieval/loading.py", "native_retrieval/synthesis.py"
+LOADING, SYNTHESIS = "native_retrieval/loading.py", "native_retrieval/synthesis/llm.py"
 VLLM = "native_retrieval/integrations/vllm.py"
 
 MUTATIONS = [
@@ -720,7 +720,7 @@ MUTATIONS = [
     ),
     Mutation(
         "shards: a damaged one is believed",
-        "native_retrieval/shards.py",
+        "native_retrieval/cache.py",
         "if array_file.checksum(shards[i]) != wanted",
         "if False",
         "sharded::test_a_damaged_shard_is_computed_anew",

@@ -244,7 +244,7 @@ def test_the_card_can_be_written_by_an_installed_package(saved, tmp_path):
 def test_saving_over_a_trained_folder_removes_the_checksums_of_the_weights_before(saved):
     import torch
 
-    from native_retrieval.files import seal, sha256
+    from native_retrieval.cache import seal, sha256
     from native_retrieval.loading import load_model
 
     config = json.loads((saved / "config.json").read_text())

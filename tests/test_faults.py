@@ -13,9 +13,10 @@ import torch
 from faults import kill
 from filelock import FileLock
 
-import train
+from native_retrieval import checkpoints
+from native_retrieval.arguments import NativeRetrievalTrainingArguments
 from native_retrieval.loading import load_head, load_model
-from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
+from native_retrieval.trainer import NativeRetrievalTrainer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="os.fork and SIGKILL are of Unix")
 
@@ -73,43 +74,7 @@ def test_a_second_training_into_one_folder_is_refused(steps: dict[str, kill.Step
     assert [path.name for path in (tmp_path / "out").iterdir()] == [Path(lock.lock_file).name]
 
 
-# -- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def checkpoint(folder: Path, step: int, state: str | None = "{}") -> None:
-    (folder / f"checkpoint-{step}").mkdir(parents=True)
-    (folder / f"checkpoint-{step}" / "model.safetensors").write_text("weights")
-    if state is not None:
-        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-
-
-@pytest.mark.parametrize("state", [None, "", '{"epoch": 1'])
-def test_a_checkpoint_whose_state_is_not_whole_is_passed_over(tmp_path: Path, state: str | None):
-    checkpoint(tmp_path, 9)
-    checkpoint(tmp_path, 10, state)
-    assert train.last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
-
-
-def test_checkpoints_that_are_half_removed_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for step in (5, 10):
-        checkpoint(tmp_path, step)
-
-    def killed(path: Path, **kwargs) -> None:
-        (path / "model.safetensors").unlink()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("shutil.rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train.remove_checkpoints(train.checkpoints_of(tmp_path))
-    assert train.last_whole_checkpoint(tmp_path) is None
-
-
-def test_without_resume_a_stopped_training_is_not_written_over(tmp_path: Path):
-    checkpoint(tmp_path, 10)
-    words = ["--backbone", "b", "--teacher", "t", "--train_data", "d", "--dev_data", "d", "--output_dir", str(tmp_path)]
-    with pytest.raises(ValueError, match="checkpoint-10 is of a training that was stopped; add --resume") as error:
-        train.main(words)
-    assert "\n" not in str(error.value)
+# -- checkpoints (see also test_checkpoints.py) -----------------------------------------------------------------------
 
 
 def test_the_order_of_an_epoch_is_the_same_after_resuming(tiny_model, tmp_path: Path):
@@ -150,7 +115,7 @@ def saved(model, folder: Path) -> Path:
     args = NativeRetrievalTrainingArguments(
         **{"output_dir": str(folder), "use_cpu": True, "eval_strategy": "no", "load_best_model_at_end": False}
     )
-    NativeRetrievalTrainer(model, args, processing_class=model.tokenizer).save_model()
+    NativeRetrievalTrainer(model, args).save_model()
     return folder
 
 
@@ -203,21 +168,18 @@ def test_a_saved_model_replaces_all_of_the_one_before(make_taught_model, tmp_pat
 
 
 def test_a_full_disk_in_training_is_one_line_and_leaves_nothing_that_seems_whole(steps, tmp_path: Path):
-    alone_in = train.alone_in
-
-    def fill_the_disk(output_dir: Path):
+    def fill_the_disk(*args, **kwargs):
         # What is written beyond fails, as on a full disk: the weights of a checkpoint are larger.
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
-        return alone_in(output_dir)
 
     def run(folder: Path) -> None:
-        train.alone_in = fill_the_disk  # in a process of its own
+        checkpoints.remove_checkpoints = fill_the_disk  # when all is prepared; in a process of its own
         steps["checkpoints"].run(folder)
 
     assert not kill.ends_well(kill.Step("full disk", run, kill.weights), tmp_path)
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert last.startswith("OSError") and "checkpoint of step 1" in last and "--resume goes on" in last
-    assert train.last_whole_checkpoint(tmp_path / "out") is None
+    assert checkpoints.last_whole_checkpoint(tmp_path / "out") is None
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -226,5 +188,5 @@ def test_the_lock_goes_with_its_process(steps: dict[str, kill.Step], tmp_path: P
     while not (tmp_path / "out" / "_training.lock").exists():
         assert kill.wait(process, 0.01) is None
     kill.kill(process)
-    with train.alone_in(tmp_path / "out"):
+    with checkpoints.alone_in(tmp_path / "out"):
         assert os.path.exists(tmp_path / "out" / "_training.lock")

@@ -271,6 +271,16 @@ def test_rank_distillation_gradient():
 
 
 @settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(2, 6), min_size=1, max_size=4), seeds)
+def test_padding_of_a_ranking_takes_no_part(lengths: list[int], seed: int):
+    student, teacher = random(len(lengths), 6, seed=seed), random(len(lengths), 6, seed=seed + 1)
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    rows = [(student[i : i + 1, :n], teacher[i : i + 1, :n]) for i, n in enumerate(lengths)]
+    wanted = sum(value(rank_distillation_loss(*row)) for row in rows) / len(rows)
+    assert value(rank_distillation_loss(student, teacher, mask=mask)) == pytest.approx(wanted)
+
+
+@settings(max_examples=30, deadline=None)
 @given(st.permutations(range(4)), orders, seeds, st.floats(-5, 5))
 def test_rank_distillation_does_not_depend_on_order_or_level(
     rows: list[int], columns: list[int], seed: int, level: float

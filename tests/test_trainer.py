@@ -1,46 +1,39 @@
 """The Trainer: what it optimises, logs, keeps and resumes; and train.py from the command line."""
 
 import copy
-import dataclasses
 import json
 import re
-import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import assert_one_line
 from datasets import Dataset
-from fuzz import check_recipe, recipes
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset
 from transformers import AutoModel
 
 import train
-from configuration_native_retrieval import NativeRetrievalConfig
+from native_retrieval.arguments import DataArguments, NativeRetrievalTrainingArguments
 from native_retrieval.data import load_task
-from native_retrieval.dataset import PROMPT_KEYS, build_examples, build_texts, collate, turned_away
-from native_retrieval.losses import alignment_loss, contrastive_loss
-from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
+from native_retrieval.dataset import PROMPT_KEYS, QuerySet, build_examples, build_texts, collate
+from native_retrieval.losses import alignment_loss, contrastive_loss, loss_parts
+from native_retrieval.metrics import per_query
+from native_retrieval.trainer import NativeRetrievalTrainer
 
 
 @pytest.fixture
 def examples(tiny_model, stub_teacher, beir_folder, tmp_path):
-    def build(split="train", mode="context", **settings):
+    def build(split="train", mode="context", changed=None, **settings):
         task = load_task(beir_folder, split)
-        return build_examples(
-            tiny_model,
-            stub_teacher,
-            task.queries,
-            task.corpus,
-            mode,
-            cache_dir=str(tmp_path / "cache"),
-            rank_top_k=8,
-            name=split,
-            **settings,
-        )
+        queries = QuerySet(split, task.queries, task.corpus, task.qrels, mode, changed)
+        return build_examples(tiny_model, stub_teacher, queries, data_arguments(tmp_path, **settings))
 
     return build
+
+
+def data_arguments(tmp_path, **fields) -> DataArguments:
+    return DataArguments(cache_dir=str(tmp_path / "cache"), **{"rank_top_k": 8, **fields})
 
 
 def arguments(tmp_path, **fields):
@@ -101,23 +94,21 @@ def test_tensorboard_gets_loss_parts_dev_metrics_and_throughput(tiny_model, exam
     assert board.Scalars("train/queries_per_second")[-1].value > 0
 
 
-def test_a_weight_of_zero_leaves_the_part_out(tiny_model, examples, tmp_path):
+def test_a_weight_of_zero_leaves_the_part_out(examples, tmp_path):
     args = arguments(tmp_path, contrastive_weight=0.0, eval_strategy="no", load_best_model_at_end=False)
-    trainer = NativeRetrievalTrainer(tiny_model, args)
     batch = collate([examples()[i] for i in range(4)])
-    assert set(trainer.loss_parts(batch["targets"], batch)) == {"alignment", "rank"}
+    assert set(loss_parts(batch["targets"], batch, args)) == {"alignment", "rank"}
 
 
-def test_a_short_ranking_counts_as_it_would_alone_and_none_at_all_as_right(tiny_model, examples, tmp_path):
-    args = arguments(tmp_path, eval_strategy="no", load_best_model_at_end=False)
-    trainer = NativeRetrievalTrainer(tiny_model, args)
+def test_a_short_ranking_counts_as_it_would_alone_and_none_at_all_as_right(examples, tmp_path):
+    args = arguments(tmp_path)
     dataset, vectors = examples(), torch.nn.functional.normalize(torch.randn(3, 32), dim=-1)
     whole, short, none = dataset[0], dataset[1], dataset[2]
     short["ranking"] = short["ranking"][:3]
     del none["ranking"]
 
     def rank(rows, *items) -> float:
-        return trainer.loss_parts(vectors[rows], collate(items))["rank"].item()
+        return loss_parts(vectors[rows], collate(items), args)["rank"].item()
 
     alone = rank([0], whole), rank([1], short)
     assert min(alone) > 0
@@ -171,19 +162,57 @@ def test_several_dev_sets_are_logged_with_their_mean(tiny_model, examples, tmp_p
 
 def test_dev_metrics_are_those_of_brute_force(tiny_model, examples, tmp_path):
     dev = examples("dev")
-    trainer = NativeRetrievalTrainer(tiny_model, arguments(tmp_path), examples(), dev)
-    metrics = trainer.evaluate()
-    with torch.no_grad():
-        vectors = tiny_model(
-            **{k: v for k, v in collate([dev[i] for i in range(len(dev))]).items() if k in MODEL_INPUTS}
-        )
-    scores = vectors.query_embeddings.numpy() @ np.asarray(dev.documents).T
+    metrics = NativeRetrievalTrainer(tiny_model, arguments(tmp_path), examples(), dev).evaluate()
+    scores = dev_vectors(tiny_model, dev) @ np.asarray(dev.documents).T
     ranks = [1 + int((row > row[gold[0]]).sum()) for row, gold in zip(scores, dev.positives, strict=True)]
     assert metrics["eval_recall@10"] == pytest.approx(np.mean([rank <= 10 for rank in ranks]), abs=1e-6)
     assert metrics["eval_mrr@10"] == pytest.approx(np.mean([1 / r if r <= 10 else 0 for r in ranks]), abs=1e-6)
 
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "readout_mask", "hidden_states")
+def dev_vectors(model, dev) -> np.ndarray:
+    batch = collate([dev[i] for i in range(len(dev))])
+    with torch.no_grad():
+        return model.eval()(**{k: v for k, v in batch.items() if k in PROMPT_KEYS}).query_embeddings.numpy()
+
+
+@pytest.mark.parametrize("judged", ["graded", "graded, and documents that tie"])
+def test_dev_metrics_are_those_of_eval_on_the_same_run(tiny_model, examples, beir_folder, tmp_path, judged):
+    """Grades count in nDCG, and documents of one score are ordered by their ids."""
+    rows = [f"q4_{turn}\td{number}_{turn}\t{turn - 1 + number % 3}\n" for turn in (1, 2, 3) for number in range(10)]
+    rows = [row for row in rows if not row.startswith("q4_1\td4_1\t") or row.endswith("\t1\n")]
+    (beir_folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(rows))
+    if "tie" in judged:
+        path = beir_folder / "corpus.jsonl"
+        rows = [json.loads(line) | {"title": "", "text": f"The same {i % 4}."} for i, line in enumerate(path.open())]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task, dev = load_task(beir_folder, "dev"), examples("dev")
+    assert max(grade for grades in task.qrels.values() for grade in grades.values()) > 1
+    seen = NativeRetrievalTrainer(tiny_model, arguments(tmp_path), examples(), dev).evaluate()
+    scores = dev_vectors(tiny_model, dev) @ np.asarray(dev.documents).T
+    run = {
+        query: dict(zip(task.corpus["_id"], map(float, row), strict=True))
+        for query, row in zip(task.queries["_id"], scores, strict=True)
+    }
+    for name, values in per_query(run, task.qrels, list(run)).items():
+        assert seen[f"eval_{name}"] == pytest.approx(np.mean(values), abs=1e-6), name
+
+
+def test_all_dev_queries_count_though_training_drops_its_last_batch(tiny_model, examples, tmp_path):
+    dev, metrics = examples("dev"), []
+    for drop in (False, True):
+        args = arguments(tmp_path, dataloader_drop_last=drop, per_device_eval_batch_size=len(dev) - 1)
+        trainer = NativeRetrievalTrainer(tiny_model, args, examples(), dev)
+        seen = trainer.evaluate()
+        assert trainer.args.dataloader_drop_last == drop
+        metrics.append({name: value for name, value in seen.items() if "@10" in name or name == "eval_loss"})
+    assert metrics[0] == metrics[1]
+
+
+def test_a_batch_that_is_never_full_is_refused(tiny_model, examples, tmp_path):
+    args = arguments(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=13)
+    with pytest.raises(ValueError, match="dataloader_drop_last leaves nothing to train on: 12 examples") as error:
+        NativeRetrievalTrainer(tiny_model, args, examples(), examples("dev"))
+    assert_one_line(error)
 
 
 def test_resuming_ends_where_an_undisturbed_run_does(tiny_model, examples, tmp_path):
@@ -210,25 +239,32 @@ def _keys(path):
         return list(file.keys())
 
 
-def test_a_checkpoint_of_another_head_is_refused(tiny_model, examples, tmp_path):
-    trainer = NativeRetrievalTrainer(tiny_model, arguments(tmp_path, num_train_epochs=1), examples(), examples("dev"))
-    trainer.train()
+def test_a_checkpoint_of_another_head_is_refused(make_model, examples, tmp_path):
+    args = arguments(tmp_path, num_train_epochs=1)
+    NativeRetrievalTrainer(make_model(), args, examples(), examples("dev")).train()
     checkpoint = next((tmp_path / "out").glob("checkpoint-*"))
+    for fields in ({"head_num_layers": 1}, {"copy_num_heads": 0}, {"copy_num_heads": 1}):
+        trainer = NativeRetrievalTrainer(make_model(**fields), args, examples(), examples("dev"))
+        with pytest.raises(ValueError, match="is of another head") as error:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert_one_line(error)
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path):
-    assert train.last_whole_checkpoint(tmp_path / "nothing") is None
-    for step, whole in ((9, True), (10, True), (100, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "model.safetensors").write_text("")
-        if whole:
-            (folder / "trainer_state.json").write_text("{}")
-    assert train.last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+def test_training_seconds_count_what_was_before_an_interruption(tiny_model, examples, tmp_path):
+    args, hour = arguments(tmp_path, num_train_epochs=1), 3600
+    first = NativeRetrievalTrainer(tiny_model, args, examples(), examples("dev"), started=time.monotonic() - hour)
+    first.train()
+    checkpoint = next((tmp_path / "out").glob("checkpoint-*"))
+    again = NativeRetrievalTrainer(tiny_model, args, examples(), examples("dev"), started=time.monotonic() - hour)
+    assert hour <= again.training_seconds < 1.5 * hour
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert 2 * hour <= again.training_seconds < 2.5 * hour
+    fresh = NativeRetrievalTrainer(tiny_model, args, examples(), examples("dev"))
+    assert fresh.training_seconds < hour
 
 
 def test_a_full_disk_is_one_line(tiny_model, examples, tmp_path, monkeypatch):
@@ -296,23 +332,41 @@ def test_generated_mode_reads_the_written_query(tiny_model, examples):
 
 def test_what_the_model_sees_may_differ_and_the_targets_do_not(tiny_model, examples, beir_folder):
     queries = load_task(beir_folder, "train").queries
-    seen = [[{"role": "system", "content": "Be brief."}, *messages] for messages in queries["messages"]]
-    plain, varied = examples(), examples(seen=seen)
-    assert varied.sequences == [tiny_model.build_prompt(messages) for messages in seen] != plain.sequences
-    assert np.array_equal(varied.targets, plain.targets) and varied.positives == plain.positives
+    changed = [[{"role": "system", "content": "Be brief."}, *messages] for messages in queries["messages"]]
+    plain, other = examples(), examples(changed=iter(changed))
+    assert other.sequences == [tiny_model.processor.encode(messages) for messages in changed] != plain.sequences
+    assert np.array_equal(other.targets, plain.targets) and other.positives == plain.positives
+
+
+def test_a_conversation_without_a_prompt_is_named(tiny_model, examples, monkeypatch):
+    def refuse(messages, **kwargs):
+        raise ValueError("too strange")
+
+    monkeypatch.setattr(tiny_model.processor, "encode", refuse)
+    with pytest.raises(ValueError, match="train, query q0_1: too strange"):
+        examples()
+
+
+def test_plain_texts_that_are_too_long_for_a_prompt_are_left_out(tiny_model, stub_teacher, tmp_path):
+    texts = ["Who built it?", "a bridge and " * 60 + "a river", "What is a lathe?"]
+    rows = [{"messages": [{"role": "user", "content": text}], "rewrite": text, "gold": []} for text in texts]
+    tiny_model.processor.max_prompt_tokens = 100
+    queries = QuerySet("plain text", Dataset.from_list(rows), plain=True)
+    built = build_examples(tiny_model, stub_teacher, queries, data_arguments(tmp_path))
+    assert len(built) == 2 and np.allclose(built.targets, stub_teacher.encode([texts[0], texts[2]]), atol=1e-6)
 
 
 def test_a_changed_conversation_is_drawn_to_the_same_one_unchanged(make_model, stub_teacher, beir_folder, tmp_path):
     model = make_model(head_dropout=0.5)
     task = load_task(beir_folder, "train")
 
-    def build(rows, **more):
-        queries = task.queries.select(rows)
-        return build_examples(model, stub_teacher, queries, task.corpus, "context", cache_dir=str(tmp_path), **more)
+    def build(rows, changed=None, **more):
+        queries = QuerySet("train", task.queries.select(rows), task.corpus, changed=changed)
+        return build_examples(model, stub_teacher, queries, data_arguments(tmp_path), **more)
 
     seen = [[{"role": "system", "content": "Be brief."}, *task.queries[row]["messages"]] for row in (2, 0)]
     plain = build(range(4))
-    changed = build([2, 0], seen=seen, unchanged=plain)
+    changed = build([2, 0], seen, unchanged=plain)
     args = arguments(tmp_path, consistency_weight=2.0, eval_strategy="no", load_best_model_at_end=False)
     trainer = NativeRetrievalTrainer(model, args, ConcatDataset([plain, changed]))
     batch = collate([changed[0], plain[3], changed[1]])
@@ -336,97 +390,6 @@ def test_a_changed_conversation_is_drawn_to_the_same_one_unchanged(make_model, s
     assert trainer._consistency(model, vectors[:2], unmixed).item() == 0
 
 
-def test_a_question_without_a_rewrite_takes_its_documents_title(tiny_model, stub_teacher, tmp_path):
-    corpus = Dataset.from_list([{"_id": "d", "title": "Old Bridge", "text": "It was opened in 1874."}])
-    questions = ["When was it opened?", "When was the old bridge opened?", "When was it opened?"]
-    rows = [{"messages": [{"role": "user", "content": q}], "rewrite": None, "gold": ["d"]} for q in questions]
-    rows[2]["rewrite"] = "When was the bridge opened?"
-    queries = Dataset.from_list(rows)
-    built = build_examples(
-        tiny_model, stub_teacher, queries, corpus, "context", cache_dir=str(tmp_path), gold_share=0, rank_top_k=1
-    )
-    wanted = ["Old Bridge: When was it opened?", questions[1], "When was the bridge opened?"]
-    assert np.allclose(built.targets, stub_teacher.encode(wanted), atol=1e-6)
-
-
-def test_the_target_of_a_query_without_a_rewrite_moves_towards_its_document(tiny_model, stub_teacher, tmp_path):
-    corpus = Dataset.from_list([{"_id": "d", "title": "Old Bridge", "text": "It was opened in 1874."}])
-    question = "When was the old bridge opened?"
-    rows = [{"messages": [{"role": "user", "content": question}], "rewrite": None, "gold": ["d"]}] * 2
-    rows[1] = {**rows[1], "rewrite": question}
-    built = build_examples(
-        *(tiny_model, stub_teacher, Dataset.from_list(rows), corpus, "context"),
-        **{"cache_dir": str(tmp_path), "gold_share": 0.25, "rank_top_k": 1},
-    )
-    asked, document = stub_teacher.encode([question])[0], stub_teacher.documents(corpus)[0]
-    wanted = 0.75 * asked + 0.25 * document
-    assert np.allclose(built.targets, [wanted / np.linalg.norm(wanted), asked], atol=1e-6)
-
-
-def test_targets_are_turned_away_from_earlier_answers(tiny_model, stub_teacher, tmp_path):
-    answers = ["It was opened in 1874.", "It was built by Ada Moss, an engineer."]
-    texts = [*answers, "It was opened in 1874, in May."]
-    corpus = Dataset.from_list([{"_id": str(i), "title": "", "text": text} for i, text in enumerate(texts)])
-    messages = [
-        {"role": "user", "content": "When was it opened?"},
-        {"role": "assistant", "content": answers[0]},
-        {"role": "user", "content": "Who built it?"},
-    ]
-    rows = [{"messages": messages, "rewrite": "Who built the bridge that was opened in 1874?", "gold": ["1"]}]
-    rows.append({**rows[0], "gold": ["0"]})  # asked for once more
-    other = [messages[0], {"role": "assistant", "content": "It was opened in May, in 1874."}, messages[2]]
-    rows.append({"messages": other, "rewrite": rows[0]["rewrite"], "gold": ["2"]})  # nearer to it than the others are
-
-    def targets(**settings):
-        built = build_examples(
-            *(tiny_model, stub_teacher, Dataset.from_list(rows), corpus, "context"),
-            **{"cache_dir": str(tmp_path), "rank_top_k": 3, **settings},
-        )
-        return built.targets
-
-    plain, moved, said = targets(), targets(target_repulsion_threshold=0.1), stub_teacher.documents(corpus)[0]
-    assert np.array_equal(moved[1:], plain[1:])
-    assert plain[0] @ said > moved[0] @ said > 0 and np.allclose(np.linalg.norm(moved, axis=1), 1)
-    assert np.array_equal(targets(target_repulsion_threshold=plain[0] @ said + 0.01), plain)
-    shared = targets(rewrite_gold_share=0.5)
-    assert (shared * stub_teacher.documents(corpus)[[1, 0, 2]]).sum(1) == pytest.approx(1, abs=0.3)
-    assert ((shared - plain) ** 2).sum(1).min() > 0
-
-
-def test_a_target_is_not_turned_away_from_what_is_asked_for_once_more(tiny_model, stub_teacher, tmp_path):
-    """Whether the right document has been an answer before, or not: it is turned away from the others alone."""
-    right, other = "It was opened in 1874 by Ada Moss.", "The bridge was built of slate."
-    corpus = Dataset.from_list([{"_id": str(i), "title": "", "text": text} for i, text in enumerate((right, other))])
-
-    def conversation(*answers):
-        turns = [({"role": "user", "content": "And?"}, {"role": "assistant", "content": answer}) for answer in answers]
-        return [*(message for turn in turns for message in turn), {"role": "user", "content": "Once more, when?"}]
-
-    rows = [
-        {"messages": conversation(*answers), "rewrite": "When was the bridge opened, was it 1874?", "gold": ["0"]}
-        for answers in ((), (other,), (right, other))
-    ]
-    arguments = (tiny_model, stub_teacher, Dataset.from_list(rows), corpus, "context")
-    plain, moved, repeated = build_examples(
-        *arguments, cache_dir=str(tmp_path), target_repulsion_threshold=0.1, rank_top_k=2
-    ).targets
-    assert ((moved - plain) ** 2).sum() > 0
-    assert np.allclose(moved, repeated)
-
-
-@given(st.integers(1, 9), st.floats(-1, 1), st.integers(0, 2**16))
-@settings(max_examples=50, deadline=None)
-def test_what_is_turned_away_is_what_lies_over_the_threshold(count, threshold, seed):
-    rng = np.random.default_rng(seed)
-    target, *others = rng.normal(size=(count + 1, 6))
-    target, others = target / np.linalg.norm(target), np.array([o / np.linalg.norm(o) for o in others])
-    turned = turned_away(target, others, threshold)
-    assert np.linalg.norm(turned) == pytest.approx(1, abs=1e-5)
-    if (others @ target <= threshold).all():
-        assert np.allclose(turned, target, atol=1e-6)
-    assert np.allclose(turned_away(target, others[::-1], threshold), turned, atol=1e-5)
-
-
 def test_the_head_is_to_read_the_end_of_each_prompt(examples):
     dataset = examples(mode="generated")
     batch = collate([dataset[i] for i in range(len(dataset))])
@@ -437,33 +400,43 @@ def test_the_head_is_to_read_the_end_of_each_prompt(examples):
 
 def test_texts_with_typos_have_the_targets_of_the_right_spelling(tiny_model, stub_teacher):
     texts = [f"the bridge over river number {i}" for i in range(10)]
-    dataset = build_texts(tiny_model, stub_teacher, texts, "texts", typo_share=0.5)
+    dataset = build_texts(tiny_model.processor, stub_teacher, texts, "texts", typo_share=0.5)
     assert len(dataset) == len(dataset.targets) == len(dataset.sequences) == 15
     for sequence, target in zip(dataset.sequences[10:], dataset.targets[10:], strict=True):
         right = [i for i in range(10) if np.array_equal(dataset.targets[i], target)]
         assert right and dataset.sequences[right[0]] != sequence
 
 
-def test_words_learn_from_plain_text_without_the_backbone(tiny_model, stub_teacher, tmp_path, monkeypatch):
+def test_lexical_pre_training_needs_no_backbone(tiny_model, stub_teacher, tmp_path, monkeypatch):
     texts = [f"the {a} bridge over the {b} river" for a in ("old", "new", "red") for b in ("wide", "cold", "long")]
-    dataset = build_texts(tiny_model, stub_teacher, texts, "texts")
-    monkeypatch.setattr(tiny_model, "prefill", lambda *a, **k: pytest.fail("the backbone ran"))
+    dataset = build_texts(tiny_model.processor, stub_teacher, texts, "texts")
     model = copy.deepcopy(tiny_model)
-
-    def distance():
-        batch = collate([dataset[i] for i in range(len(dataset))])
-        with torch.no_grad():
-            output = model(batch["input_ids"], batch["attention_mask"], words_only=True)
-        return alignment_loss(output.query_embeddings, batch["targets"]).item()
-
-    before = distance()
-    args = NativeRetrievalTrainingArguments(
-        **{"output_dir": str(tmp_path), "num_train_epochs": 10, "rank_weight": 0.0, "learning_rate": 1e-2},
-        **{"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "use_cpu": True},
+    monkeypatch.setattr(model.backbone, "forward", lambda *a, **k: pytest.fail("the backbone ran"))
+    args = arguments(
+        *(tmp_path,),
+        num_train_epochs=10,
         token_learning_rate=1e-2,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        alignment_weight=1.0,
+        contrastive_weight=0.0,
+        rank_weight=0.0,
     )
-    NativeRetrievalTrainer(model, args, dataset).train()
-    assert distance() < before
+    trainer = NativeRetrievalTrainer(model, args, dataset)
+    trainer.train()
+    losses = [entry["alignment_loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
+    # A text's vector is the sum of its tokens' values, weighted by salience alone, and padding is nothing.
+    batch, path = collate([dataset[i] for i in range(3)]), model.query_head.copy_path
+    with torch.no_grad():
+        loss, outputs = trainer.compute_loss(model.eval(), batch, return_outputs=True)
+        for row, vector in enumerate(outputs.query_embeddings):
+            ids = torch.tensor(dataset.sequences[row])
+            weights = (path.BIAS_SCALE * path.token_salience(ids)).softmax(0)
+            wanted = torch.nn.functional.normalize((weights * path.token_values(ids)).sum(0), dim=-1)
+            assert torch.allclose(vector, wanted, atol=1e-5)
+    assert loss.item() == pytest.approx(alignment_loss(outputs.query_embeddings, batch["targets"]).item())
 
 
 def test_the_vocabulary_has_a_learning_rate_of_its_own(tiny_model, examples, tmp_path):
@@ -473,8 +446,8 @@ def test_the_vocabulary_has_a_learning_rate_of_its_own(tiny_model, examples, tmp
     )
     optimizer = NativeRetrievalTrainer(copy.deepcopy(tiny_model), args, examples()).create_optimizer()
     rates = {p.shape: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    assert rates[tiny_model.copy_path.token_values.weight.shape] == pytest.approx(1e-3)
-    assert rates[tiny_model.head.linear_in.weight.shape] == 1e-2
+    assert rates[tiny_model.query_head.copy_path.token_values.weight.shape] == pytest.approx(1e-3)
+    assert rates[tiny_model.query_head.projection.linear_in.weight.shape] == 1e-2
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(trained) == len({id(p) for p in trained}) == sum(p.requires_grad for p in tiny_model.parameters())
 
@@ -484,27 +457,21 @@ def test_the_vocabulary_has_a_learning_rate_of_its_own(tiny_model, examples, tmp
 
 @pytest.fixture
 def stub_training(monkeypatch, stub_teacher):
-    monkeypatch.setattr("native_retrieval.teacher.Teacher", lambda *args, **kwargs: stub_teacher)
+    monkeypatch.setattr("train.Teacher", lambda *args, **kwargs: stub_teacher)
 
 
 def words(backbone_dir, beir_folder, tmp_path, *more):
-    return [
-        *("--backbone", str(backbone_dir), "--teacher", "stub-teacher"),
-        *("--train_data", str(beir_folder), "--dev_data", str(beir_folder)),
-        *("--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")),
-        *(
-            "--num_train_epochs",
-            "1",
-            "--max_prompt_tokens",
-            "100",
-            "--head_dim",
-            "32",
-            "--head_num_attention_heads",
-            "4",
-        ),
-        *("--rank_top_k", "8", "--use_cpu", "true", "--disable_tqdm", "true", "--max_query_tokens", "8"),
-        *more,
-    ]
+    places = {"output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache"}
+    fields = {
+        **{"backbone": backbone_dir, "teacher": "stub-teacher", "train_data": beir_folder, "dev_data": beir_folder},
+        **{"num_train_epochs": 1, "max_prompt_tokens": 100, "head_dim": 32, "head_num_attention_heads": 4},
+        **{"rank_top_k": 8, "use_cpu": "true", "disable_tqdm": "true", "max_query_tokens": 8, **places},
+    }
+    return [*(word for name, value in fields.items() for word in (f"--{name}", str(value))), *more]
+
+
+QUICK = ("--lexical_epochs", "0", "--max_steps", "1")
+NO_DEV = ("--eval_strategy", "no", "--load_best_model_at_end", "false")
 
 
 def test_train_leaves_a_model_that_loads_and_a_card(stub_training, backbone_dir, beir_folder, tmp_path):
@@ -516,122 +483,101 @@ def test_train_leaves_a_model_that_loads_and_a_card(stub_training, backbone_dir,
     out = tmp_path / "out"
     model = AutoModel.from_pretrained(out, trust_remote_code=True)
     assert model.embed_query("where is the bridge?").shape == (1, 32)
-    assert model.config.teacher_fingerprint and model.config.text_config.use_cache
+    assert model.config.teacher_fingerprint
     card = (out / "README.md").read_text()
-    assert "2603.08429" in card and "recall@10" in card.lower() and str(tmp_path) not in card.split("`train.py")[0]
-    assert json.loads((out / "training.json").read_text())["dev"]
+    assert "2603.08429" in card and "recall@10" in card.lower() and str(tmp_path) not in card
+    info = json.loads((out / "training.json").read_text())
+    assert info["dev"] and info["training_seconds"] > 0
     assert not list(out.glob("checkpoint-*"))
+    # Where the backbone is on this machine is in a file that is never pushed.
+    assert json.loads((out / "_local.json").read_text())["backbone"] == str(backbone_dir)
+    published = [path for path in out.rglob("*.json") if path.name not in ("_local.json", "training.json")]
+    assert not [path.name for path in published if str(backbone_dir.parent) in path.read_text()]
 
 
-def test_the_probe_is_trained_in_a_stage_of_its_own(stub_training, backbone_dir, beir_folder, tmp_path):
-    probe = ("--query_modes", "context", "probe", "--num_probe_tokens", "3", "--adapter_rank", "2")
-    train.main(words(backbone_dir, beir_folder, tmp_path, *probe, "--probe_epochs", "2", "--max_probe_queries", "8"))
+def test_a_finished_model_is_replaced_only_on_request(stub_training, backbone_dir, beir_folder, tmp_path, capsys):
+    train.main(words(backbone_dir, beir_folder, tmp_path, *QUICK))
     out = tmp_path / "out"
-    model = AutoModel.from_pretrained(out, trust_remote_code=True)
-    question = "where is the bridge?"
-    assert (model.embed_query(question, mode="probe") - model.embed_query(question, mode="context")).abs().max() > 0
-    dev = json.loads((out / "training.json").read_text())["dev"]
-    assert any("eval_beir_context_recall@10" in entry for entry in dev)
-    assert any("eval_beir_probe_recall@10" in entry for entry in dev)
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds a model; .*--overwrite_output_dir") as error:
+        train.main(words(backbone_dir, beir_folder, tmp_path, *QUICK, "--seed", "1"))
+    assert_one_line(error)
+    train.main(words(backbone_dir, beir_folder, tmp_path, *QUICK, "--seed", "1", "--resume"))
+    assert "nothing to resume" in capsys.readouterr().out
+    assert (out / "model.safetensors").read_bytes() == before
+    train.main(words(backbone_dir, beir_folder, tmp_path, *QUICK, "--seed", "1", "--overwrite_output_dir"))
+    assert (out / "model.safetensors").read_bytes() != before
+    assert AutoModel.from_pretrained(out, trust_remote_code=True).embed_query("where?").shape == (1, 32)
 
 
-@pytest.mark.parametrize(
-    "argv, said",
-    [
-        (["--bakbone", "x"], "did you mean backbone"),
-        (["no-such.yaml"], "does not exist"),
-        ([], "backbone is missing"),
-        (["--backbone", "b"], "teacher is missing"),
-        (["--backbone", "b", "--teacher", "t"], "train_data is missing"),
-        (["--backbone", "b", "--teacher", "t", "--train_data", "d"], "dev_data is missing"),
-        (["--train_data", "d", "--train_weights", "1", "2"], "one number above 0 for each of the 1 entries"),
-        (["--train_data", "d", "--train_weights", "1.5"], "above 1 give whole numbers"),
-        (["--target_repulsion_threshold", "2"], "must lie in 0 to 1"),
-        (["--query_repulsion_threshold", "2"], "must be a cosine"),
-    ],
-)
-def test_bad_arguments_are_one_line(argv, said):
-    with pytest.raises(ValueError, match=said) as raised:
-        train.main(argv)
-    assert "\n" not in str(raised.value)
+def test_a_named_checkpoint_is_gone_on_from(stub_training, backbone_dir, beir_folder, tmp_path, monkeypatch):
+    """As `--resume` does with the last: the end is that of an undisturbed run."""
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    more = ("--num_train_epochs", "3", "--lexical_epochs", "0", "--save_total_limit", "9")
+    train.main(words(backbone_dir, beir_folder, tmp_path / "whole", *more))
+    wanted = head(AutoModel.from_pretrained(tmp_path / "whole" / "out", trust_remote_code=True))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("native_retrieval.trainer.NativeRetrievalTrainer.set_repulsion_threshold", stopped)
+        train.main(words(backbone_dir, beir_folder, tmp_path, *more))
+    first, *_ = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    with pytest.raises(ValueError, match="is of a training that was stopped"):
+        train.main(words(backbone_dir, beir_folder, tmp_path, *more))
+    train.main(words(backbone_dir, beir_folder, tmp_path, *more, "--resume_from_checkpoint", str(first)))
+    seen = head(AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True))
+    assert max((seen[name] - weight).abs().max().item() for name, weight in wanted.items()) < 1e-5
 
 
-def test_a_misspelt_recipe_field_names_the_nearest(tmp_path):
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text("learnin_rate: 1\n")
-    with pytest.raises(ValueError, match="learning_rate"):
-        train.main([str(recipe)])
+def test_what_cannot_end_well_does_not_begin(stub_training, backbone_dir, beir_folder, tmp_path, monkeypatch):
+    """One line before the backbone has run, and before the teacher has encoded a text."""
+    monkeypatch.setattr("train.from_backbone", lambda *a, **k: pytest.fail("the model was made"))
+    monkeypatch.setattr("train.Teacher", lambda *a, **k: pytest.fail("the teacher was loaded"))
+    for more, said in (
+        (("--dataloader_drop_last", "--per_device_train_batch_size", "1000"), "dataloader_drop_last leaves nothing"),
+        (("--dataloader_drop_last", "--lexical_batch_size", "5000"), "--lexical_batch_size"),
+        (("--push_to_hub",), "nothing can be pushed to 'out'"),
+        (("--push_to_hub", "--hub_model_id", "a/b/c"), "nothing can be pushed to 'a/b/c'"),
+        (("--push_to_hub", "--store_backbone", "false"), "store_backbone=False would push a head"),
+        (("--metric_for_best_model", "accuracy"), "metric_for_best_model=accuracy is not measured"),
+        (("--resume_from_checkpoint", str(tmp_path / "no")), "is no whole checkpoint"),
+        (("--hidden_state_layers", "99"), "hidden_state_layers"),
+    ):
+        more = ("--per_device_train_batch_size", "4", *more)
+        with pytest.raises(ValueError, match=said) as error:
+            train.main(words(backbone_dir, beir_folder, tmp_path, *more))
+        assert_one_line(error)
 
 
-@settings(max_examples=40, deadline=None)
-@given(recipes)
-def test_a_recipe_is_read_or_refused_in_one_line(recipe):
-    check_recipe(recipe)
+def test_an_epoch_has_as_many_examples_as_it_says(stub_training, backbone_dir, beir_folder, tmp_path, capfd):
+    train.main(words(backbone_dir, beir_folder, tmp_path, *QUICK, "--train_weights", "2", "--topic_shift_share", "1"))
+    count = int(re.search(r"Training on (\d+) examples", capfd.readouterr().out)[1])
+    passes = 2 * (12 + round(0.2 * 12) + 12)
+    assert count == pytest.approx(passes * 1.25, abs=2)
 
 
-def test_the_command_line_wins_over_the_recipe(tmp_path):
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(
-        f"backbone: a\nlearning_rate: 1.0e-3\nquery_modes: [context, generated]\noutput_dir: {tmp_path}\n"
-    )
-    model_args, data_args, _, training_args = train.parse([str(recipe), "--backbone", "b"])
-    assert (model_args.backbone, training_args.learning_rate) == ("b", 1e-3)
-    assert data_args.query_modes == ["context", "generated"]
-
-
-def test_data_sets_are_seen_as_often_as_their_weights_say(stub_training, backbone_dir, beir_folder, tmp_path, capfd):
-    few = ("--augmentation_share", "0", "--plain_text_share", "0", "--lexical_epochs", "0")
-    seen = {}
-    for weight, others in (("0.5", "0"), ("1", "0"), ("3", "0"), ("3", "1")):
-        more = ("--train_weights", weight, "--topic_shift_share", others, *few)
-        train.main(words(backbone_dir, beir_folder, tmp_path / weight / others, *more))
-        seen[weight, others] = int(re.search(r"Stage b: (\d+) examples", capfd.readouterr().out)[1])
-    once = seen["1", "0"]
-    assert seen["0.5", "0"] == round(0.5 * once) and seen["3", "0"] == 3 * once > 0
-    assert seen["3", "1"] == 6 * once, "every conversation as often behind others"
-
-
-def test_the_novelty_threshold_may_be_given(stub_training, backbone_dir, beir_folder, tmp_path, capfd):
-    more = ("--query_repulsion_threshold", "0.3", "--max_steps", "1", "--lexical_epochs", "0")
-    train.main(words(backbone_dir, beir_folder, tmp_path, *more))
-    assert "HistoryRepulsion: away" not in capfd.readouterr().out
+def test_the_repulsion_threshold_may_be_given(stub_training, backbone_dir, beir_folder, tmp_path, capfd):
+    train.main(words(backbone_dir, beir_folder, tmp_path, "--query_repulsion_threshold", "0.3", *QUICK))
+    assert "turned away from turns" not in capfd.readouterr().out
     model = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert model.copy_path.novelty.threshold.item() == pytest.approx(0.3)
+    assert model.query_head.copy_path.repulsion.threshold.item() == pytest.approx(0.3)
 
 
 def test_a_seed_draws_the_head_as_well_as_the_order(stub_training, backbone_dir, beir_folder, tmp_path):
     drawn = []
-    still = ("--learning_rate", "0", "--lexical_epochs", "0", "--max_steps", "1", "--eval_strategy", "no")
     for run, seed in enumerate(("1", "1", "2")):
-        more = (*still, "--load_best_model_at_end", "false", "--seed", seed)
+        more = ("--learning_rate", "0", *QUICK, *NO_DEV, "--seed", seed)
         train.main(words(backbone_dir, beir_folder, tmp_path / str(run), *more))
         drawn.append(head(AutoModel.from_pretrained(tmp_path / str(run) / "out", trust_remote_code=True)))
     assert all(torch.equal(weight, drawn[1][name]) for name, weight in drawn[0].items())
-    assert any(
-        name.startswith("head.") and not torch.equal(weight, drawn[2][name]) for name, weight in drawn[0].items()
-    )
+    assert any("projection" in name and not torch.equal(weight, drawn[2][name]) for name, weight in drawn[0].items())
 
 
-def test_what_is_tested_on_is_not_trained_on(beir_folder, capsys):
-    """Another collection may be cut from the same conversations: here it has all of them."""
-    other = shutil.copytree(beir_folder, beir_folder.parent / "other")
-    shutil.rmtree(other / "qrels")
-    trained = train.DataArguments(train_data=[str(other), str(beir_folder)], dev_data=[str(beir_folder)])
-    parts, (dev,), _ = train.load_data(trained)
-    assert [len(queries) for _, queries, _ in parts] == [12, 12]
-    assert (
-        "other: left out 12 training queries whose conversation is in the dev or test data" in capsys.readouterr().out
-    )
-    seen = {id for _, queries, _ in parts for id in queries["_id"]}
-    assert seen.isdisjoint(dev[1]["_id"]) and seen.isdisjoint(load_task(beir_folder, "test").queries["_id"])
-    trained.train_data = [f"{beir_folder}:test"]
-    assert len(train.load_data(trained)[0][0][1]) == 6
-
-
-def test_the_novelty_threshold_is_the_best_on_dev(tiny_model, examples, tmp_path, monkeypatch):
+def test_the_repulsion_threshold_is_the_best_on_dev(tiny_model, examples, tmp_path, monkeypatch):
     dev = {"dev_context": examples("dev"), "dev_generated": examples("dev", mode="generated")}
     trainer = NativeRetrievalTrainer(tiny_model, arguments(tmp_path), examples(), dev)
-    threshold = tiny_model.copy_path.novelty.threshold
+    threshold = tiny_model.query_head.copy_path.repulsion.threshold
     learned, better = threshold.item(), 0.2
     for best in (learned, better):
 
@@ -640,19 +586,6 @@ def test_the_novelty_threshold_is_the_best_on_dev(tiny_model, examples, tmp_path
             return {"eval_ndcg@10": 1 - abs(threshold.item() - best)}
 
         monkeypatch.setattr(trainer, "evaluate", evaluate)
-        assert train.choose_novelty_threshold(trainer) == pytest.approx(threshold.item()) == pytest.approx(best)
+        trainer.set_repulsion_threshold()
+        assert threshold.item() == pytest.approx(best)
         threshold.data.fill_(learned)
-
-
-def test_shipped_recipes_parse():
-    for recipe in ("demo", "qrecc", "best", "paper", "ablation"):
-        train.parse([f"configs/{recipe}.yaml", *(["--bf16", "false"] if recipe == "paper" else [])])
-
-
-def test_a_recipe_starts_from_the_configurations_own_defaults():
-    ours = {field.name: field.default for field in dataclasses.fields(train.ModelArguments)}
-    theirs = {field.name: field.default for field in dataclasses.fields(NativeRetrievalConfig)}
-    shared = (ours.keys() & theirs.keys()) - {
-        "max_prompt_tokens"
-    }  # training takes shorter prompts than the backbone may
-    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}

@@ -1,0 +1,404 @@
+"""The arguments of train.py: model, data, this run, and training. From a YAML file and the command line, which wins."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import AutoConfig, TrainingArguments
+
+from configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
+
+from .cli import Parser, check_writable, nearest
+from .metrics import MEASURES
+
+
+@dataclass
+class ModelArguments:
+    """The language model, the teacher, and the head between them."""
+
+    backbone: str = field(default="", metadata={"help": "Causal language model: path or Hub id."})
+    backbone_revision: str | None = field(default=None, metadata={"help": "Pins a backbone from the Hub."})
+    teacher: str = field(
+        default="", metadata={"help": "The index's embedding model: sentence-transformers path or Hub id."}
+    )
+    teacher_revision: str | None = field(default=None, metadata={"help": "Pins a teacher from the Hub."})
+    store_backbone: bool = field(default=True, metadata={"help": "Save the backbone's weights with the head."})
+    query_mode: str = field(default="context", metadata={"help": "Default mode of the saved model."})
+    query_prompt: str = field(default="Search query:", metadata={"help": "How the assistant begins a written query."})
+    num_context_tokens: int = field(default=16, metadata={"help": "Last tokens of the prompt that the head reads."})
+    max_query_tokens: int = field(default=32, metadata={"help": "Longest written query, in tokens."})
+    max_prompt_tokens: int | None = field(default=1024, metadata={"help": "Longest prompt; older turns are dropped."})
+    hidden_state_layers: list[int] | None = field(default=None, metadata={"help": "Layers read (default: five)."})
+    head_dim: int = field(default=384, metadata={"help": "Width of the head's transformer encoder."})
+    head_num_layers: int = field(default=1, metadata={"help": "Its layers."})
+    head_num_attention_heads: int = field(default=8, metadata={"help": "Its attention heads."})
+    head_dropout: float = field(default=0.1, metadata={"help": "Dropout in the head."})
+    head_skip: bool = field(default=True, metadata={"help": "A linear path beside the encoder; the paper has none."})
+    copy_num_heads: int = field(default=8, metadata={"help": "Heads of the copy path; 0 is the paper's head."})
+    copy_layer: int | None = field(default=None, metadata={"help": "Layer of the copy path's keys."})
+
+    @property
+    def config_fields(self) -> dict:
+        """Fields of `NativeRetrievalConfig`."""
+        others = ("backbone", "teacher", "max_prompt_tokens")
+        return {name: value for name, value in vars(self).items() if name not in others and value is not None}
+
+
+@dataclass
+class DataArguments:
+    """Conversations with relevant documents, plain text, and the targets made of them."""
+
+    train_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders or Hub ids in the BEIR layout with messages, each as NAME or NAME:SPLIT (train)."},
+    )
+    dev_data: list[str] = field(
+        default_factory=list, metadata={"help": "The same, to choose the checkpoint: NAME or NAME:SPLIT (dev)."}
+    )
+    train_weights: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Passes over each of train_data in an epoch (default: 1), in whole numbers; each pass is augmented "
+            "differently. Below 1: this share of its queries, the first."
+        },
+    )
+    query_modes: list[str] = field(
+        default_factory=lambda: ["context"], metadata={"help": "Modes to train: context, generated."}
+    )
+    generated_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Train and judge the generated mode on these entries of train_data and dev_data only."},
+    )
+    plain_text: list[str] = field(default_factory=list, metadata={"help": "Text files or corpora to learn from."})
+    num_plain_texts: int = field(default=100_000, metadata={"help": "Sentences taken of them, evenly spaced."})
+    turns_as_text: bool = field(
+        default=True, metadata={"help": "User turns and rewrites of train_data are plain texts too."}
+    )
+    lexical_epochs: int = field(
+        default=5, metadata={"help": "Lexical pre-training: passes over the plain texts (0: none)."}
+    )
+    lexical_learning_rate: float = field(default=3e-3, metadata={"help": "Its peak learning rate."})
+    lexical_batch_size: int = field(default=512, metadata={"help": "Its texts in a step, for each device."})
+    plain_text_share: float = field(
+        default=0.25, metadata={"help": "Plain texts among the conversations, as a share of these."}
+    )
+    augmentation_share: float = field(
+        default=0.2,
+        metadata={
+            "help": "Share of the training queries that are also seen with typos, or with what agents put around a "
+            "conversation: system prompts, tools, half turns."
+        },
+    )
+    topic_shift_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the conversations that are also seen after 1 to 20 turns of others: the head learns to "
+            "ignore an earlier topic."
+        },
+    )
+    gold_share: float = field(
+        default=0.5, metadata={"help": "How far the target of a query without a rewrite moves to its document, 0 to 1."}
+    )
+    rewrite_gold_share: float = field(default=0.2, metadata={"help": "The same of a query with a rewrite."})
+    target_repulsion_threshold: float = field(
+        default=0.45,
+        metadata={"help": "Targets are turned away from earlier answers whose cosine is above this (1: never)."},
+    )
+    query_repulsion_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "The same of the query vector and earlier turns, after training (default: the best of a few on "
+            "dev). Higher finds more; lower ranks it nearer to the top."
+        },
+    )
+    rank_top_k: int = field(default=128, metadata={"help": "Documents of the teacher's ranking to distil."})
+    num_hard_negatives: int = field(default=0, metadata={"help": "Hard negatives of a query, from that ranking."})
+    max_train_queries: int | None = field(default=None, metadata={"help": "Only the first queries of each data set."})
+    online_features: bool = field(default=False, metadata={"help": "Run the backbone in every step; no cache on disk."})
+    license: str = field(
+        default="apache-2.0", metadata={"help": "The model's, for its card; the backbone's terms hold for its weights."}
+    )
+    data_license: str | None = field(default=None, metadata={"help": "The licences of the data, for the model card."})
+    cache_dir: str = field(default=".cache/native_retrieval", metadata={"help": "Where costly results are kept."})
+
+    def __post_init__(self) -> None:
+        for name in ("augmentation_share", "topic_shift_share", "gold_share", "rewrite_gold_share"):
+            _need(self, name, lambda value: 0 <= value <= 1, "0 to 1")
+        _need(self, "target_repulsion_threshold", lambda value: 0 <= value <= 1, "a cosine, 0 to 1")
+        if self.query_repulsion_threshold is not None:
+            _need(self, "query_repulsion_threshold", lambda value: -1 <= value <= 1, "a cosine, -1 to 1")
+        for name in ("plain_text_share", "num_plain_texts", "lexical_epochs", "num_hard_negatives"):
+            _need(self, name, lambda value: value >= 0, "0 or more")
+        _need(self, "lexical_batch_size", lambda value: value >= 1, "at least 1")
+        _need(self, "rank_top_k", lambda value: value >= 2, "at least 2: one document is no ranking")
+        if self.train_weights and (len(self.train_weights) != len(self.train_data) or min(self.train_weights) <= 0):
+            raise ValueError(
+                f"train_weights is {self.train_weights}, wanted one number above 0 for each of the "
+                f"{len(self.train_data)} entries of train_data"
+            )
+        for weight in self.train_weights:
+            if weight > 1 and weight != round(weight):
+                raise ValueError(f"train_weights has {weight:g}; above 1 give whole numbers, passes in an epoch")
+
+    def modes_of(self, entry: str) -> list[str]:
+        """The modes that an entry of train_data or dev_data is used for. The backbone writes queries for few: it is slow."""
+        writes = not self.generated_data or entry in self.generated_data
+        return [mode for mode in self.query_modes if mode != "generated" or writes]
+
+
+@dataclass
+class RunArguments:
+    """How this run behaves."""
+
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir, if any."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the model or the stopped training in output_dir."}
+    )
+    debug_errors: bool = field(default=False, metadata={"help": "Show the traceback of an error."})
+
+
+@dataclass
+class NativeRetrievalTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments`, with defaults that train a head, and the weights of its losses."""
+
+    alignment_weight: float = field(default=2.0, metadata={"help": "Weight of the cosine distance to the target."})
+    contrastive_weight: float = field(
+        default=1.0, metadata={"help": "Weight of InfoNCE against the batch's documents."}
+    )
+    rank_weight: float = field(default=1.0, metadata={"help": "Weight of the KL to the teacher's ranking."})
+    consistency_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the consistency loss: a conversation's vector should not change when unrelated context "
+            "is added. Try 1."
+        },
+    )
+    contrastive_temperature: float = field(default=0.05, metadata={"help": "Temperature of InfoNCE."})
+    rank_temperature: float = field(default=0.05, metadata={"help": "Temperature of the rank distillation."})
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where checkpoints and the trained model go (default: trainer_output)."}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the head."})
+    token_learning_rate: float | None = field(
+        default=None, metadata={"help": "That of the copy path's token values and salience (default: a tenth of it)."}
+    )
+    per_device_train_batch_size: int = field(
+        default=64, metadata={"help": "Queries in a step, for each device; also the in-batch negatives."}
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "The same on the dev split."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the training queries."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate after warm-up."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimiser."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all, of warm-up."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay, not of biases and norms."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "group_by_length wastes little on padding; or random."}
+    )
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to measure retrieval on the dev split."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint (of the head alone)."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept beside the best."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint on dev."})
+    metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "Dev metric that names the best."})
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Whether more of that metric is better (default: yes, but not of a loss)."}
+    )
+    logging_steps: float = field(default=20, metadata={"help": "Steps between two log lines."})
+    report_to: str = field(default="none", metadata={"help": "none, tensorboard, trackio, wandb ..."})
+    hub_strategy: str = field(
+        default="end", metadata={"help": "When to push. Checkpoints hold the head alone, so only `end` will do."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Go on from this checkpoint folder; `--resume` takes the last one."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: batches carry vectors."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin batches in memory (for GPUs)."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        weights = (self.alignment_weight, self.contrastive_weight, self.rank_weight)
+        if min(*weights, self.consistency_weight) < 0 or not any(weights):
+            raise ValueError(
+                f"loss weights {weights} and consistency_weight={self.consistency_weight} must not be negative, and at "
+                "least one of the first three must be above 0"
+            )
+        for name in ("contrastive_temperature", "rank_temperature"):
+            _need(self, name, lambda value: value > 0, "above 0")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            _need(self, name, lambda value: value >= 1, "at least 1")
+        if self.hub_strategy != "end":
+            raise ValueError(f"hub_strategy={self.hub_strategy!r} would push checkpoints without a backbone; use 'end'")
+        # Dev metrics need all vectors at once, and full_eval would round the head that is then saved.
+        changed = [name for name in ("batch_eval_metrics", "bf16_full_eval", "fp16_full_eval") if getattr(self, name)]
+        changed += [] if self.eval_do_concat_batches else ["eval_do_concat_batches"]
+        changed += ["remove_unused_columns"] if self.remove_unused_columns else []
+        if changed:
+            raise ValueError(f"{changed[0]} cannot be changed in this training; leave it out")
+
+
+def parse(
+    argv: Sequence[str], manual: str = ""
+) -> tuple[ModelArguments, DataArguments, RunArguments, NativeRetrievalTrainingArguments]:
+    """
+    `[recipe.yaml] [--field value ...]` to the four groups of arguments; `manual` is what `--help` begins with.
+
+    Raises:
+        `ValueError`: in one line, for a misspelt field or a bad value.
+    """
+    groups = (ModelArguments, DataArguments, RunArguments, NativeRetrievalTrainingArguments)
+    model, data, run, training = ([field.name for field in fields(group)] for group in groups)
+    more = [
+        "gradient_accumulation_steps",
+        "max_steps",
+        "seed",
+        "use_cpu",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+    ]
+    titles = {
+        "the model": model,
+        "the data": data,
+        "this run": run,
+        "training (every other field of transformers' TrainingArguments works too)": [
+            *(name for name in training if name in NativeRetrievalTrainingArguments.__annotations__),
+            *more,
+        ],
+    }
+    usage = "%(prog)s [recipe.yaml] [--field ...]"
+    return Parser(groups, titles, description=manual, prog="train.py", usage=usage).parse(argv)
+
+
+def check(model: ModelArguments, data: DataArguments, training: NativeRetrievalTrainingArguments) -> None:
+    """Raises `ValueError`, in one line, for arguments that do not go together: now, and not after hours of training."""
+    for name, value in (("backbone", model.backbone), ("teacher", model.teacher), ("train_data", data.train_data)):
+        if not value:
+            raise ValueError(f"{name} is missing; set it in the recipe or with --{name}")
+    _check_modes(model, data)
+    _check_dev(data, training)
+    for flag, directory in (("output_dir", training.output_dir), ("cache_dir", data.cache_dir)):
+        check_writable(flag, Path(directory))
+
+
+def _check_modes(model: ModelArguments, data: DataArguments) -> None:
+    unknown = set(data.query_modes) - set(QUERY_MODES)
+    if unknown or not data.query_modes:
+        raise ValueError(f"query_modes {sorted(unknown)} are unknown; choose from {', '.join(QUERY_MODES)}")
+    if model.query_mode not in data.query_modes:
+        raise ValueError(
+            f"query_mode={model.query_mode} is the default of the saved model, but query_modes "
+            f"({', '.join(data.query_modes)}) does not train it; set query_mode to one of these"
+        )
+    lost = set(data.generated_data) - {*data.train_data, *data.dev_data}
+    if lost and "generated" in data.query_modes:
+        raise ValueError(f"generated_data {sorted(lost)} is in neither train_data nor dev_data; spell it as there")
+    if not any(map(data.modes_of, data.train_data)):
+        raise ValueError(
+            "query_modes is generated, but generated_data names none of train_data; name one, or leave it out"
+        )
+
+
+def _check_dev(data: DataArguments, training: NativeRetrievalTrainingArguments) -> None:
+    judged = [entry for entry in data.dev_data if data.modes_of(entry)]
+    if training.eval_strategy != "no" and not judged:
+        raise ValueError(
+            "dev_data is missing, or no query is written for any of it (generated_data); name it, or set "
+            "--load_best_model_at_end false --eval_strategy no"
+        )
+    names = [Path(split_source(entry)[0]).name for entry in data.dev_data]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"dev_data names {', '.join(twice)} twice, and metrics go by that name; rename a folder")
+    parts = [f"{Path(split_source(entry)[0]).name}_{mode}" for entry in judged for mode in data.modes_of(entry)]
+    metrics = [*MEASURES, *(f"{part}_{name}" for part in parts for name in (*MEASURES, "loss"))]
+    metric = str(training.metric_for_best_model).removeprefix("eval_")
+    if training.eval_strategy != "no" and metric not in metrics:
+        raise ValueError(
+            f"metric_for_best_model={training.metric_for_best_model} is not measured{nearest(metric, metrics)}; choose "
+            f"from {', '.join(metrics)}"
+        )
+
+
+def check_backbone(model: ModelArguments) -> None:
+    """Raises `ValueError`, in one line, if there is no such backbone, or a field of the model does not fit it."""
+    try:
+        config = AutoConfig.from_pretrained(model.backbone, revision=model.backbone_revision).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"backbone {model.backbone!r} cannot be loaded: {error}") from error
+    context, room = (
+        getattr(config, "max_position_embeddings", None),
+        model.max_query_tokens + 32,
+    )  # a query prompt is short
+    if context and model.max_prompt_tokens and model.max_prompt_tokens + room > context:
+        raise ValueError(
+            f"max_prompt_tokens={model.max_prompt_tokens} leaves no room for a query of {model.max_query_tokens} tokens in the "
+            f"backbone's context of {context}; at most {context - room}"
+        )
+    sizes = {name: getattr(config, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
+    NativeRetrievalConfig(backbone_name_or_path=model.backbone, **sizes, **model.config_fields)
+
+
+def check_batch(
+    training: NativeRetrievalTrainingArguments, num_examples: int, flag: str = "per_device_train_batch_size"
+) -> None:
+    """Raises `ValueError` if no batch is full, and `dataloader_drop_last` would leave nothing to train on."""
+    batch = training.train_batch_size * training.world_size
+    if training.dataloader_drop_last and num_examples < batch:
+        raise ValueError(
+            f"dataloader_drop_last leaves nothing to train on: {num_examples:,} examples, and a batch takes {batch:,}; "
+            f"lower --{flag}, or leave dataloader_drop_last out"
+        )
+
+
+def lexical_arguments(
+    training: NativeRetrievalTrainingArguments, data: DataArguments
+) -> NativeRetrievalTrainingArguments:
+    """The training arguments of lexical pre-training: it is short, so it has no checkpoints and no dev metrics."""
+    return replace(
+        training,
+        max_steps=-1,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        push_to_hub=False,
+        num_train_epochs=data.lexical_epochs,
+        learning_rate=data.lexical_learning_rate,
+        token_learning_rate=data.lexical_learning_rate,
+        per_device_train_batch_size=data.lexical_batch_size,
+        gradient_accumulation_steps=1,
+        rank_weight=0.0,
+        alignment_weight=training.alignment_weight or 1.0,
+    )
+
+
+def check_push(model: ModelArguments, training: NativeRetrievalTrainingArguments) -> None:
+    """Makes the repository to push to, if it is not there. Raises `ValueError`, in one line, if the push would fail."""
+    repository = training.hub_model_id or Path(training.output_dir).absolute().name
+    if not model.store_backbone and Path(model.backbone).exists():
+        raise ValueError(
+            f"store_backbone=False would push a head that nobody can load: the backbone {model.backbone} is a folder of "
+            "this machine; set store_backbone, or name the backbone by its Hub id"
+        )
+    api = HfApi(token=training.hub_token)
+    try:
+        repository = api.create_repo(repository, private=training.hub_private_repo, exist_ok=True).repo_id
+        if training.hub_revision:
+            api.create_branch(repository, branch=training.hub_revision, exist_ok=True)
+    except Exception as error:  # the Hub's client raises errors of four libraries
+        raise ValueError(
+            f"nothing can be pushed to {repository!r} ({' '.join(str(error).split())}); log in with `hf auth login`, set "
+            "hub_model_id to USER/NAME, or leave push_to_hub out"
+        ) from error
+
+
+def split_source(entry: str) -> tuple[str, str]:
+    """`NAME:SPLIT` to its two parts; of `NAME`, the second is empty."""
+    # A drive letter is no name, and a Hub id has no colon.
+    source, _, split = entry.rpartition(":") if ":" in entry[2:] else (entry, "", "")
+    return source, split
+
+
+def _need(arguments: object, name: str, right: Callable[[Any], bool], wanted: str) -> None:
+    if not right(value := getattr(arguments, name)):
+        raise ValueError(f"{name} is {value}, wanted {wanted}")
