@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train
 from benchmarks import ablation, common, latency, left_out, robustness, training
 from benchmarks import index as index_benchmark
+from native_retrieval.arguments import parse
 from processing_native_retrieval import check_messages
 
 CONVERSATIONS = [
