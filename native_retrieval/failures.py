@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-
 from processing_native_retrieval import clean_messages
 
 from .data import Task

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cache import atomic_write
 from .cli import CommandParser, one_line_errors
+from .cache import atomic_write
 from .methods import METHODS
 from .metrics import MEASURES, Qrels, RetrievalMetrics, Run, paired_bootstrap, per_query, ranks, wins_ties_losses
 from .names import published_command

@@ -20,8 +20,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
-from .cache import Advance, cached_rows, slices
 from .loading import float32_is_faster
+from .cache import Advance, cached_rows, slices
 
 # Fixed for ever: a teacher is recognised by its vectors of these.
 FINGERPRINT_SENTENCES = (

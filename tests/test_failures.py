@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from processing_native_retrieval import NativeRetrievalProcessor
 
 from native_retrieval.attributions import draw_attributions, word_weights
 from native_retrieval.data import load_task
@@ -13,7 +14,6 @@ from native_retrieval.failures import write_failure_report
 from native_retrieval.index import DocumentIndex
 from native_retrieval.methods import Comparison
 from native_retrieval.results import build_result
-from processing_native_retrieval import NativeRetrievalProcessor
 
 
 @pytest.fixture

@@ -22,9 +22,10 @@ try:  # in an exported folder these files form a package; in the repository they
     from .modeling_native_retrieval import NativeRetrievalModel
     from .processing_native_retrieval import NativeRetrievalProcessor, as_conversations, clean_messages
 except ImportError:
+    from processing_native_retrieval import NativeRetrievalProcessor, as_conversations, clean_messages
+
     from configuration_native_retrieval import NativeRetrievalConfig
     from modeling_native_retrieval import NativeRetrievalModel
-    from processing_native_retrieval import NativeRetrievalProcessor, as_conversations, clean_messages
 
 
 class _Call:
