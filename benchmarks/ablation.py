@@ -1,19 +1,19 @@
 # Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
 """
-What each part is worth: runs of train.py that differ in one thing, on one data set, judged on its dev split.
+The effect of each part: runs of train.py that differ in one setting, evaluated on the dev split of one data set.
 
-    # the paper's: every combination of the three losses, and the learning rate of all three
-    python benchmarks/ablation.py losses benchmarks/configs/ablation.yaml --output results/ablation-qrecc.json
+    # as in the paper: every combination of the three losses, and the learning rate of all three
+    python benchmarks/ablation.py losses benchmarks/configs/ablation.yaml --output results/ablation-losses.json
 
-    # ours: words, copy path, layers, probe
-    python benchmarks/ablation.py parts benchmarks/configs/ablation.yaml --output results/ablation-probe.json
+    # lexical pre-training, copy path, layers
+    python benchmarks/ablation.py parts benchmarks/configs/ablation.yaml --output results/ablation-parts.json
 
-Each row is one run, told by its best checkpoint on dev. Rows that are in the output already are not run again, so a
-stopped command goes on. A figure is drawn into `figures/` beside the output. Further words go to train.py.
+Each row is one run, measured at its best dev checkpoint. Rows that the output already has are not run again, so a stopped
+command can be resumed. A figure is drawn into `figures/` beside the output. Other flags are passed to train.py.
 """
 
 import json
-import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,9 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train
 from native_retrieval.cli import CommandParser, one_line_errors
-from native_retrieval.report import read_result
+from native_retrieval.results import read_result, write_json
 
 LOSSES = ("alignment", "contrastive", "rank")
 COMBINATIONS = [
@@ -36,10 +35,8 @@ COMBINATIONS = [
     LOSSES,
 ]
 LEARNING_RATES = ("2e-4", "5e-4", "1e-3")
-# Without stage a, and without the plain texts among the conversations, which have an alignment of their own.
+# Without lexical pre-training and plain texts, whose loss is always the alignment.
 ALONE = {"lexical_epochs": 0, "plain_text_share": 0}
-# The probe's stage runs the backbone in every step: a third of the queries.
-PROBE = {"query_modes": ["probe", "context"], "num_probe_tokens": 8, "max_probe_queries": 250}
 
 
 def loss_rows() -> list[dict]:
@@ -55,17 +52,14 @@ def loss_rows() -> list[dict]:
 
 def part_rows() -> list[dict]:
     rows = [
-        ("as the recipe has it", {}),
+        ("the recipe", {}),
         ("layers 3 to 21 of 30, not 4 to 27", {"hidden_state_layers": [3, 8, 12, 17, 21], "copy_layer": 12}),
-        ("no stage a (words)", {"lexical_epochs": 0}),
+        ("no lexical pre-training", {"lexical_epochs": 0}),
         ("no copy path: the paper's head", {"copy_num_heads": 0}),
         ("no linear skip path", {"head_skip": "false"}),
         ("last layer alone", {"hidden_state_layers": [30], "copy_layer": 30}),
         ("16 context tokens", {"num_context_tokens": 16}),
         *((f"without {loss}", {f"{loss}_weight": 0}) for loss in LOSSES),
-        ("probe", PROBE),
-        ("probe, 2 tokens", {**PROBE, "num_probe_tokens": 2}),
-        ("probe, rank 8", {**PROBE, "adapter_rank": 8}),
     ]
     return [{"name": name, "arguments": arguments} for name, arguments in rows]
 
@@ -74,23 +68,29 @@ ROWS = {"losses": loss_rows, "parts": part_rows}
 
 
 def words_of(row: dict) -> list[str]:
-    """A row's arguments as words on the command line of train.py."""
+    """The arguments of a row as words of a command line."""
     words = []
     for name, value in row["arguments"].items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
+def train(words: list[str], output_dir: str) -> None:
+    """Runs train.py. Raises `ValueError` if it fails."""
+    script = Path(__file__).resolve().parent.parent / "train.py"
+    command = [sys.executable, str(script), *words, "--output_dir", output_dir, "--save_total_limit", "1"]
+    if status := subprocess.run(command).returncode:
+        raise ValueError(f"train.py has failed with exit code {status}; its error is above")
+
+
 def run(recipe: str, row: dict, extra: list[str]) -> dict:
-    """Trains one row in a folder of its own and returns it with its dev metrics."""
+    """Trains one row in a temporary folder and returns the row with its dev metrics."""
     words = [recipe, *extra, *words_of(row)]
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        train.main([*words, "--output_dir", folder, "--save_total_limit", "1"])
+        train(words, folder)
         training_info = json.loads((Path(folder) / "training.json").read_text())
-    last = training_info["dev"][
-        -1
-    ]  # the mean over the dev sets, if there are several; of the probe, where there is one
+    last = training_info["dev"][-1]  # the mean over the dev sets
     metrics = {name: round(last[f"eval_{name}"], 4) for name in ("recall@10", "mrr@10", "ndcg@10")}
     settings = {name: training_info["recipe"][name] for name in ("learning_rate", "num_train_epochs", "seed")}
     return {**row, **settings, **metrics, "seconds": round(time.perf_counter() - start)}
@@ -120,7 +120,7 @@ def main() -> None:
     parser = CommandParser("ablation.py", __doc__)
     parser.add_argument("rows", choices=sorted(ROWS), help="which runs to compare")
     parser.add_argument("recipe", help="a YAML for train.py")
-    parser.add_argument("--output", required=True, help="the JSON file to write, and to go on with")
+    parser.add_argument("--output", required=True, help="the JSON file to write, or to resume")
     arguments, extra = parser.parse_known_args()
     output = Path(arguments.output)
     rows = ROWS[arguments.rows]()
@@ -134,9 +134,7 @@ def main() -> None:
         print(f"== run {number} of {len(rows)}: {row['name']}", flush=True)
         result["rows"].append(run(arguments.recipe, row, extra))
         figure.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(partial, output)
+        write_json(result, output)
         draw(result["rows"], figure)
     print(f"Written: {output}, {figure}")
     width = max(len(row["name"]) for row in result["rows"])

@@ -1,18 +1,15 @@
 # Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
 """
-A recipe with each of its data sets left out in turn, judged on the one that was left out: what the head knows of
-conversations whose like it has not seen.
+Zero-shot quality: a recipe is trained without each of its data sets in turn, and evaluated on the one that was left out.
 
     python benchmarks/left_out.py benchmarks/configs/best.yaml --results results --output results/left-out.json \
         --num_train_epochs 1 --augmentation_share 0
 
-`--results` holds the evaluations of the recipe's own model (`NAME-test.json`, by eval.py), whose generate-then-encode and
-native-context the figures are compared with. Neither the conversations nor the plain text of what is left out is trained
-on. Rows that are in the output already are not run again. Further words go to train.py.
+`--results` holds the evaluations of the recipe's own model (`NAME-test.json`, by eval.py); their generate-then-encode and
+native-context are the comparison. Neither conversations nor plain text of the left-out data set are trained on. Rows that
+the output already has are not run again. Other flags are passed to train.py.
 """
 
-import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -22,25 +19,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-import train
-from eval import EvalArguments, cached_index, load_teacher
+from benchmarks.ablation import train
+from native_retrieval.arguments import parse
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_task
-from native_retrieval.loading import load_model
+from native_retrieval.evaluation import cached_index
+from native_retrieval.loading import load_model, local_paths
 from native_retrieval.methods import Comparison
 from native_retrieval.metrics import paired_bootstrap, per_query
-from native_retrieval.report import read_result
+from native_retrieval.results import read_result, write_json
+from native_retrieval.teacher import teacher_of
 
 METHOD, BASELINE = "native-context", "generate-then-encode"
 
 
 def without(recipe: str, name: str, extra: list[str]) -> tuple[list[str], str]:
-    """The words for train.py, and the source of the data set that is left out (its relatives share its name's start)."""
-    _, data_args, _, _ = train.parse([recipe, *extra])
+    """The command line for train.py and the source of the left-out data set; data sets of its family are left out, too."""
+    _, data_args, _, _ = parse([recipe, *extra])
     family = name.split("_")[0]
-    related = {"qrecc": ("qrecc", "canard")}.get(
-        family, (family,)
-    )  # CANARD's rewrites are of QReCC's conversations' kind
+    # The rewrites of CANARD are of conversations that QReCC took over.
+    related = {"qrecc": ("qrecc", "canard")}.get(family, (family,))
 
     def others(sources: list[str]) -> list[str]:
         return [source for source in sources if not Path(source).name.startswith(related)]
@@ -54,10 +52,11 @@ def without(recipe: str, name: str, extra: list[str]) -> tuple[list[str], str]:
 
 
 def judge(model_dir: str, source: str, own: dict, cache_dir: str) -> dict:
-    """Test figures of a model on a data set that it has not seen, beside what `own` says of others."""
+    """Measures a model on the test split of a data set that it has not seen, beside `own`, the recipe's own model."""
     task, model = load_task(source, "test"), load_model(model_dir)
-    settings = EvalArguments(model=model_dir, data=source, output="left-out.json", cache_dir=cache_dir)
-    index = cached_index(cache_dir, task, load_teacher(settings, model))
+    index = cached_index(
+        cache_dir, task, teacher_of(model.config, local_paths(model_dir).get("teacher"), cache_dir=cache_dir)
+    )
     comparison = Comparison(model, None, index, task.queries, [METHOD])
     seen = per_query(comparison.runs()[METHOD], task.qrels, comparison.query_ids)
     row = {}
@@ -69,21 +68,22 @@ def judge(model_dir: str, source: str, own: dict, cache_dir: str) -> dict:
     ranks = dict(zip(own["query_ids"], own["methods"][BASELINE]["ranks"], strict=True))
     ranks = [ranks[query_id] for query_id in comparison.query_ids]
     reciprocal = [1 / rank if rank and rank <= 10 else 0.0 for rank in ranks]
-    row["difference_mrr@10"] = [round(x, 4) for x in map(float, paired_bootstrap(seen["mrr@10"], reciprocal))]
+    difference = paired_bootstrap(seen["mrr@10"], reciprocal, list(task.queries["conv"]))
+    row["difference_mrr@10"] = [round(float(value), 4) for value in difference]
     return row
 
 
 @one_line_errors("left_out.py")
 def main() -> None:
     parser = CommandParser("left_out.py", __doc__)
-    parser.add_argument("recipe", help="a YAML for train.py, with several data sets")
+    parser.add_argument("recipe", help="a YAML for train.py with several data sets")
     parser.add_argument("--results", required=True, help="folder of the evaluations of the recipe's own model")
-    parser.add_argument("--output", required=True, help="the JSON file to write, and to go on with")
+    parser.add_argument("--output", required=True, help="the JSON file to write, or to resume")
     arguments, extra = parser.parse_known_args()
     output = Path(arguments.output)
     result = read_result(output, "rows") if output.exists() else {"rows": []}
     result["command"] = " ".join(["python", *sys.argv])
-    _, data_args, _, _ = train.parse([arguments.recipe, *extra])
+    _, data_args, _, _ = parse([arguments.recipe, *extra])
     done = {row["left_out"] for row in result["rows"]}
     for name in [Path(source).name for source in data_args.dev_data]:
         if name in done:
@@ -92,13 +92,11 @@ def main() -> None:
         words, source = without(arguments.recipe, name, extra)
         print(f"== without {name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            train.main([*words, "--output_dir", folder, "--save_total_limit", "1"])
+            train(words, folder)
             with torch.no_grad():
                 row = judge(folder, source, own, data_args.cache_dir)
         result["rows"].append({"left_out": name, **row})
-        partial = output.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(partial, output)
+        write_json(result, output)
     for row in result["rows"]:
         print(
             f"{row['left_out']:16} {row['recall@10']:.3f} / {row['mrr@10']:.3f}, trained on it "

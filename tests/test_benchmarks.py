@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import ablation, left_out, robustness
 from native_retrieval.arguments import parse
-from native_retrieval.conversations import check_messages
+from processing_native_retrieval import check_messages
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Where is Arnwick Lighthouse?"}],
