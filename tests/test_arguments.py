@@ -11,15 +11,8 @@ from hypothesis import given, settings
 
 import train
 from configuration_native_retrieval import NativeRetrievalConfig
-from native_retrieval.arguments import (
-    ModelArguments,
-    check,
-    check_backbone,
-    check_batch,
-    check_push,
-    lexical_arguments,
-    parse,
-)
+from native_retrieval.arguments import ModelArguments, lexical_arguments, parse
+from native_retrieval.preflight import check, check_backbone, check_batch, check_push
 
 RECIPES = [*REPOSITORY.glob("configs/*.yaml"), *REPOSITORY.glob("benchmarks/configs/*.yaml")]
 NEEDED = ["--backbone", "b", "--teacher", "t", "--train_data", "d", "--dev_data", "d"]
@@ -144,7 +137,7 @@ class Hub:
 def hub(monkeypatch):
     monkeypatch.setattr(Hub, "made", [])
     monkeypatch.setattr(Hub, "error", None)
-    monkeypatch.setattr("native_retrieval.arguments.HfApi", Hub)
+    monkeypatch.setattr("native_retrieval.preflight.HfApi", Hub)
     return Hub
 
 
