@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from transformers import AutoConfig
+from transformers.integrations import get_reporting_integration_callbacks
 
 from configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
 
@@ -21,6 +22,13 @@ def check(model: ModelArguments, data: DataArguments, training: NativeRetrievalT
     _check_dev(data, training)
     for flag, directory in (("output_dir", training.output_dir), ("cache_dir", data.cache_dir)):
         check_writable(flag, Path(directory))
+    try:
+        for callback in get_reporting_integration_callbacks(training.report_to):
+            callback()  # raises if its package is not installed
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"report_to cannot be {', '.join(training.report_to)}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _check_modes(model: ModelArguments, data: DataArguments) -> None:

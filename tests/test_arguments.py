@@ -57,6 +57,8 @@ def arguments(tmp_path, *words: str):
         ([*NEEDED, "--metric_for_best_model", "ndgc@10"], "not measured, did you mean ndcg@10"),
         ([*NEEDED, "--metric_for_best_model", "loss"], "not measured"),
         ([*NEEDED, "--metric_for_best_model", "d_generated_mrr@10"], "not measured"),
+        ([*NEEDED, "--report_to", "no-such-tracker"], "report_to cannot be no-such-tracker"),
+        ([*NEEDED, "--report_to", "wandb"], "report_to cannot be wandb: .*installed"),
     ],
 )
 def test_bad_arguments_are_one_line(argv, said):
