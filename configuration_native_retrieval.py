@@ -93,7 +93,7 @@ class NativeRetrievalConfig(PreTrainedConfig):
         fields = super().to_dict()
         for name in ("backbone_name_or_path", "teacher_name_or_path"):
             value = fields.get(name)
-            if value and (os.path.isdir(value) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value)):
+            if value and (os.path.isdir(value) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", value)):
                 fields[name] = re.split(r"[\\/]", value.rstrip("\\/"))[-1]
         return fields
 

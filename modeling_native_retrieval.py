@@ -10,6 +10,7 @@ Ships to the Hub beside the configuration, the processor and the head; imports t
 import copy
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +33,10 @@ logger = logging.get_logger(__name__)
 BACKBONE = "backbone"  # a sub-folder with an ordinary checkpoint
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 BACKBONE_ARGUMENTS = ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_buffers")
-BACKBONE_ARGUMENTS += ("offload_state_dict", "attn_implementation", "quantization_config", "low_cpu_mem_usage")
-# `generate` with one of these would go other ways than one cache can.
-ALONE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "cache_implementation", "custom_generate")
+BACKBONE_ARGUMENTS += ("attn_implementation", "quantization_config", "low_cpu_mem_usage")
+# With one of these, `generate` goes other ways than one cache can follow.
+ALONE = {"num_beams": 1, "num_return_sequences": 1, "assistant_model": None, "prompt_lookup_num_tokens": None}
+ALONE |= {"prefill_chunk_size": None, "cache_implementation": None, "custom_generate": None}
 # Its vector is stored with the weights and computed again at load.
 REFERENCE = [
     {"role": "user", "content": "Who painted Guernica?"},
@@ -129,12 +131,11 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             module.reset_parameters()
 
     def _set_backbone(self, backbone: PreTrainedModel) -> None:
-        seen = backbone.config.get_text_config()
         for name in ("hidden_size", "num_hidden_layers"):
-            if getattr(seen, name) != getattr(self.config, name):
+            seen, wanted = getattr(backbone.config.get_text_config(), name), getattr(self.config, name)
+            if seen != wanted:
                 raise ValueError(
-                    f"the backbone has {name}={getattr(seen, name)}, this head was made for {getattr(self.config, name)}; "
-                    f"give the backbone it was trained with, {self.config.backbone_name_or_path}"
+                    f"the backbone has {name}={seen}, this head needs {wanted}; give the one of its training"
                 )
         self.backbone = backbone.requires_grad_(False).eval()
         self.generation_config = backbone.generation_config
@@ -148,9 +149,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
     # -- load and save --------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, backbone: str | PreTrainedModel | bool | None = None, **kwargs
-    ):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, backbone: Any = None, **kwargs):
         """
         As in transformers. `dtype`, `device_map`, `max_memory`, `attn_implementation` and `quantization_config` concern the
         backbone; the head stays in float32. Everything is read before it returns.
@@ -166,25 +165,24 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         loaded = super().from_pretrained(path, *args, dtype=torch.float32, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # With a config at hand, the tokenizers' loader does not ask about this repository's code once more.
-        reads = {"config": model.config, "subfolder": subfolder, **hub}
-        model.processor = NativeRetrievalProcessor.from_pretrained(path, **reads)
+        model.processor = NativeRetrievalProcessor.from_pretrained(
+            path, config=model.config, subfolder=subfolder, **hub
+        )
         if backbone is False:
             return loaded
         if not isinstance(backbone, PreTrainedModel):
-            source, revision = backbone, None
-            if source is None and model.config.store_backbone:
-                own |= {"subfolder": os.path.join(subfolder, BACKBONE), "revision": hub.get("revision")}
-                source, own["trust_remote_code"] = path, kwargs.get("trust_remote_code")
-            elif source is None:
-                source, own["revision"] = model.config.backbone_name_or_path, model.config.backbone_revision
-            own = {k: v for k, v in {**hub, "revision": revision, **own}.items() if v is not None}
+            if backbone is None and model.config.store_backbone:
+                backbone, own["subfolder"] = path, os.path.join(subfolder, BACKBONE)
+                own["trust_remote_code"] = kwargs.get("trust_remote_code")
+            else:
+                hub["revision"] = None if backbone else model.config.backbone_revision
+                backbone = backbone or model.config.backbone_name_or_path
+            own = {k: v for k, v in {**hub, **own}.items() if v is not None}
             try:
-                backbone = AutoModelForCausalLM.from_pretrained(source, **own)
+                backbone = AutoModelForCausalLM.from_pretrained(backbone, **own)
             except OSError as error:
-                raise OSError(
-                    f"the backbone {source!r} cannot be loaded ({' '.join(str(error).split())}); name a local copy: "
-                    'from_pretrained(..., backbone="path")'
-                ) from error
+                reason = " ".join(str(error).split())
+                raise OSError(f"backbone {backbone!r} cannot be loaded ({reason}); give backbone='path'") from error
         model._set_backbone(backbone)
         model._check_reference()
         return loaded
@@ -200,6 +198,10 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             self.save_pretrained(save_directory, *args, **kwargs)
             return self.push_to_hub(repo_id, **hub)
+        if kwargs.get("is_main_process", True):  # train.py's checksums are of the weights that are replaced now
+            for pattern in ("*.safetensors.sha256", f"{BACKBONE}/*.safetensors.sha256"):
+                for checksum in Path(save_directory).glob(pattern):
+                    checksum.unlink()
         given = kwargs.pop("state_dict", None)
         if given is None and self.backbone is not None and self.processor is not None:
             self.set_reference()
@@ -227,15 +229,14 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         self.train(training)
         return vector
 
+    @torch.no_grad()
     def _check_reference(self) -> None:
-        with torch.no_grad():
-            cosine = float(F.cosine_similarity(self.reference_embedding.float().cpu(), self._reference().cpu(), dim=0))
-        exact = getattr(self.backbone, "hf_quantizer", None) is None
-        if not cosine > (0.9995 if exact else 0.98):
+        cosine = float(F.cosine_similarity(self.reference_embedding.cpu(), self._reference().cpu(), dim=0))
+        quantized = getattr(self.backbone, "hf_quantizer", None) is not None
+        if not cosine > (0.9 if quantized else 0.9995):
             logger.warning(
-                f"A fixed conversation's vector has a cosine of {cosine:.3f} to the one stored with this model, wanted 1. Its "
-                "weights, its backbone, its tokenizer or the installed libraries are not those of its training: queries will "
-                "find less."
+                f"A fixed conversation's vector has a cosine of {cosine:.4f} to the one stored with this model, wanted 1. "
+                "Weights, backbone, tokenizer or libraries are not those of its training; queries will find less."
             )
 
     def __reduce__(self):
@@ -439,13 +440,11 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         del kwargs["past_key_values"]
         rows = self._rows(input_ids, kwargs.pop("attention_mask", None))
         settings = kwargs.get("generation_config") or self.backbone.generation_config
-        fixed = {"num_beams": 1, "num_return_sequences": 1, **dict.fromkeys(ALONE)}
-        wrong = {name: kwargs.get(name, getattr(settings, name, None)) for name in fixed}
-        wrong = {name: value for name, value in wrong.items() if value not in (None, fixed[name])}
+        for name, plain in ALONE.items():
+            if kwargs.get(name, getattr(settings, name, None)) not in (None, plain):
+                raise ValueError(f"generate cannot go on from a cache with {name}; leave {name} or past_key_values out")
         if kwargs.pop("use_cache", True) is False:
-            wrong["use_cache"] = False
-        for name in wrong:
-            raise ValueError(f"generate cannot go on from a cache with {name}; leave {name} or past_key_values out")
+            raise ValueError("use_cache=False contradicts past_key_values; leave one of them out")
         self._continue(cache, rows)
         laid_out, wants = cache.input_ids.shape[1], kwargs.pop("output_hidden_states", False)
         returns_dict = kwargs.pop("return_dict_in_generate", None) or settings.return_dict_in_generate
@@ -502,7 +501,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
     def _rows(self, input_ids: Any, attention_mask: torch.Tensor | None) -> list[list[int]]:
         """Checked token ids without their padding."""
         if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-            seen = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+            seen = tuple(getattr(input_ids, "shape", ())) or type(input_ids).__name__
             raise ValueError(f"input_ids is {seen}; give a tensor of token ids (batch, tokens)")
         outside = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)]
         if len(outside):
@@ -510,11 +509,9 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         if attention_mask is None and len(input_ids) > 1:
             raise ValueError("token ids of several rows may hold padding; give attention_mask as well")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
-        if mask.shape != input_ids.shape or not mask.any(1).all():
-            raise ValueError(
-                f"attention_mask {tuple(mask.shape)} must have the shape of input_ids {tuple(input_ids.shape)}, and a token in "
-                "each row"
-            )
+        if mask.shape != input_ids.shape or not input_ids.numel() or not mask.any(1).all():
+            shapes = f"{tuple(mask.shape)} and {tuple(input_ids.shape)}"
+            raise ValueError(f"attention_mask and input_ids, {shapes}, need one shape and a token in each row")
         return [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
 
     # -- conversations to vectors ---------------------------------------------------------------------------------------

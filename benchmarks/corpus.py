@@ -1,13 +1,12 @@
 # Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
 """
-Encoding a corpus: does memory grow with it, and how fast is the teacher?
+Encoding a corpus: memory by the size of the corpus, and the speed of the teacher.
 
     python benchmarks/corpus.py --output results/bench-corpus.json
 
-The texts are the Wikipedia leads that `make demo` has fetched, over and over, and, for speed, their sentences. Memory is
-measured with a teacher that costs next to nothing, speed with the real one, each in a process of its own. Peak resident
-memory counts the pages of mapped files too, which the system takes back whenever it needs them; the anonymous part is what
-the process itself holds.
+The texts are the Wikipedia leads of `make demo`, repeated, and for speed their sentences. Memory is measured with a very
+cheap teacher, speed with the real one, each in its own process. Peak resident memory includes the pages of mapped files,
+which the system can take back; the anonymous part is the memory of the process itself.
 """
 
 import json
@@ -27,7 +26,7 @@ from tokenizers import Tokenizer
 
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_corpus, load_texts
-from native_retrieval.report import environment
+from native_retrieval.results import environment, write_json
 from native_retrieval.teacher import Teacher
 
 
@@ -100,7 +99,6 @@ def main() -> None:
         raise ValueError(f"--teacher: {arguments.teacher} has no tokenizer.json; name a sentence-transformers folder")
     sentences = sentences.add_column("title", [""] * len(sentences))
     output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         cheap = f"{folder}/cheap-teacher"
@@ -116,7 +114,7 @@ def main() -> None:
             rows.append({"what": what, **json.loads(done.stdout)})
             print(rows[-1], flush=True)
     result = {"command": " ".join(["python", *sys.argv]), "environment": environment(), "rows": rows}
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, output)
 
 
 if __name__ == "__main__":

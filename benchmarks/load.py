@@ -1,27 +1,25 @@
 # Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
 """
-Many requests from many threads: is every vector right, and does memory stay where it was?
+Many requests from many threads: is every vector right, and does memory grow?
 
     python benchmarks/load.py --model outputs/best --queries data/handwritten/queries.jsonl --output results/load.json
 
-Threads share one model and call `embed_query`, half of them with a cache that they drop at once. Each vector is compared
-with the one that the same conversation had alone. The curve is the process's resident memory.
+Threads share one model and call `embed_query`, half of the calls with a cache that is dropped at once. Each vector is
+compared with the conversation's vector when it is alone. The curve is the process's resident memory.
 """
 
-import json
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import psutil
 import torch
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from native_retrieval.cli import CommandParser, one_line_errors
+from benchmarks.common import parser as command_parser
+from benchmarks.common import plot, write
+from native_retrieval.cli import one_line_errors
 from native_retrieval.data import read_conversations
 from native_retrieval.loading import load_model
 
@@ -36,28 +34,20 @@ def growth(rows: list[dict]) -> int:
 
 
 def draw(result: dict, path: Path) -> None:
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([row["requests"] for row in result["rows"]], [row["rss_mb"] for row in result["rows"]], color="#0072B2")
-    axes.set_ylim(0, 1.2 * max(row["rss_mb"] for row in result["rows"]))
-    axes.set_xlabel(f"{result['what']}, {result['at_once']} at once")
-    axes.set_ylabel("Resident memory (MB)")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with plot(path, "Resident memory (MB)", f"{result['what']}, {result['at_once']} at once") as axes:
+        axes.plot(*zip(*((row["requests"], row["rss_mb"]) for row in result["rows"]), strict=True), color="#0072B2")
+        axes.set_ylim(0, 1.2 * max(row["rss_mb"] for row in result["rows"]))
 
 
 @one_line_errors("load.py")
 def main() -> None:
-    parser = CommandParser("load.py", __doc__)
-    parser.add_argument("--model", required=True, help="directory or Hub id of a trained model")
-    parser.add_argument("--queries", required=True, help="a queries.jsonl with messages")
+    parser = command_parser("load.py", __doc__, "model", "queries", "output")
     parser.add_argument("--requests", type=int, default=5000, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=8, help="that send them (default: %(default)s)")
-    parser.add_argument("--output", required=True, help="the JSON file to write; a figure goes into figures/ beside it")
     arguments = parser.parse_args()
 
-    # Not above: serving.py draws with this file, and vLLM's environment lacks what it imports.
-    from native_retrieval.report import environment
+    # Not above: serving.py uses this file, and vLLM's environment lacks what it imports.
+    from native_retrieval.results import environment
 
     model = load_model(arguments.model)
     conversations = read_conversations(Path(arguments.queries))
@@ -86,7 +76,6 @@ def main() -> None:
         list(pool.map(request, range(arguments.requests)))
     bar.close()
     result = {
-        "command": " ".join(["python", *sys.argv]),
         "environment": environment(),
         "what": "embed_query requests",
         "at_once": arguments.threads,
@@ -95,10 +84,7 @@ def main() -> None:
         "growth_mb_second_half": growth(rows),
         "rows": rows,
     }
-    output = Path(arguments.output)
-    (output.parent / "figures").mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, output.parent / "figures" / f"{output.stem}.png")
+    write(result, arguments.output, draw)
     print(
         f"{done:,} requests from {arguments.threads} threads: {len(wrong)} wrong vectors; the second half's peak memory is "
         f"{result['growth_mb_second_half']} MB over the first's"

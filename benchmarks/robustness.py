@@ -1,14 +1,13 @@
 # Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
 """
-How a native mode stands up to what real agents and real users put around a question.
+How much a native mode loses when agents and users put other text around a question.
 
     python benchmarks/robustness.py --model outputs/best --data ../shared/data/qrecc --split dev \
         --output results/robustness-qrecc.json
 
-The same queries and documents each time; only the conversation changes, by sentences that training has not seen. What is
-drawn at random, typos and turns of other conversations, is drawn three times, and the mean is shown. The figure, in
-`figures/` beside the output, shows Recall@10 of each variant with the 95% interval of its paired difference to the
-conversations as they are.
+Queries and documents stay the same; only the conversations change, by sentences that training has not seen. Typos and turns
+of other conversations are drawn at random three times; the mean is reported. The figure, in `figures/` beside the output,
+shows Recall@10 of each variant with the 95% interval of its paired difference to the unchanged conversations.
 """
 
 import json
@@ -22,13 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from matplotlib.figure import Figure
 
-from eval import EvalArguments, cached_index, load_teacher
 from native_retrieval.augmentation import with_other_topics, with_typos
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_task
-from native_retrieval.loading import load_model
+from native_retrieval.evaluation import cached_index
+from native_retrieval.loading import load_model, local_paths
 from native_retrieval.methods import METHODS, Comparison
 from native_retrieval.metrics import paired_bootstrap, per_query
+from native_retrieval.results import write_json
+from native_retrieval.teacher import teacher_of
 
 SHORT_SYSTEM = "You are a careful research assistant. Answer from the documents you find."
 LONG_SYSTEM = (
@@ -136,12 +137,10 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="the JSON file to write")
     parser.add_argument("--cache_dir", default=".cache/native_retrieval")
     arguments = parser.parse_args()
-    settings = EvalArguments(
-        model=arguments.model, data=arguments.data, output=arguments.output, cache_dir=arguments.cache_dir
-    )
     task = load_task(arguments.data, arguments.split)
     model = load_model(arguments.model)
-    index = cached_index(arguments.cache_dir, task, load_teacher(settings, model))
+    teacher = teacher_of(model.config, local_paths(arguments.model).get("teacher"), cache_dir=arguments.cache_dir)
+    index = cached_index(arguments.cache_dir, task, teacher)
     everyone = list(task.queries["messages"])
     # A later turn of the same conversation would bring the answer, and is no other topic.
     others = [
@@ -176,13 +175,17 @@ def main() -> None:
             "of_whole": float(recall.mean() / whole.mean()),
             "recall@10 of each draw": [float(np.mean(found["recall@10"])) for found in draws],
         }
-        row["difference"] = list(map(float, paired_bootstrap(recall, whole))) if name != "as they are" else [0.0] * 3
+        row["difference"] = (
+            list(map(float, paired_bootstrap(recall, whole, task.queries["conv"])))
+            if name != "as they are"
+            else [0.0] * 3
+        )
         result["variants"][name] = row
         print(f"{name:32} {row['recall@10']:.3f}  {row['mrr@10']:.3f}  {row['of_whole']:.3f} of the whole", flush=True)
     output = Path(arguments.output)
     figures = output.parent / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, output)
     draw(result, figures / f"{output.stem}.png")
 
 

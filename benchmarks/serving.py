@@ -1,20 +1,18 @@
 # Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
 """
-Many users at once: one vLLM server that chats and returns the native query vector, against vLLM writing the query and a
-second server encoding it with the teacher. Needs vLLM, in an environment of its own: `make serve-test` makes it.
+Many users at once: one vLLM server that chats and returns the native query vector, against vLLM that writes the query and a
+second server that encodes it with the teacher. It needs vLLM, in an environment of its own: `make serve-test` makes it.
 
     .venv-vllm/bin/python benchmarks/serving.py --model .cache/demo/model --queries data/handwritten/queries.jsonl \\
         --output results/bench-serving.json
 
-First, after 200 requests that their senders give up, 200 at once are answered with vectors that must agree with `embed_query`
-(cosine over 0.999); with --check, that is all. With --load, 5,000 more follow, 200 at a time, every third of them given up,
-while the server's memory is looked at. Then both ways answer the same retrieval turns (a conversation in, a query
-vector out) at each concurrency, the two-model way with plain vLLM, without our connector. Turns of one conversation share
-prefixes, which both ways may cache.
+First 200 requests are cancelled by their senders, and 200 more, at once, must get vectors that agree with `embed_query` (cosine
+over 0.999); --check stops here. --load sends 5,000 more, 200 at a time, cancels every third, records the server's memory, and
+stops. Otherwise both pipelines answer the same retrieval turns (a conversation in, a query vector out) at each concurrency; the
+two-model pipeline runs plain vLLM, without our connector. Turns of one conversation share prefixes, which both may cache.
 """
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
@@ -26,20 +24,20 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import psutil
 import torch
 from openai import AsyncOpenAI
 from tqdm.auto import tqdm
 
+from benchmarks.common import parser as command_parser
+from benchmarks.common import plot, write
 from benchmarks.load import LOOK_EVERY, growth
 from benchmarks.load import draw as draw_memory
-from native_retrieval.cli import CommandParser, one_line_errors
+from native_retrieval.cli import one_line_errors
 from native_retrieval.data import read_conversations
 from native_retrieval.integrations.vllm import backbone_of, serve_command
-from native_retrieval.loading import load_model, model_folder
+from native_retrieval.loading import load_model, local_paths, model_folder
 
 NAME, PORT, TEACHER_PORT = "native-retrieval", 8021, 8022
 CHECKED, AT_ONCE, LEAST_COSINE = 200, 200, 0.999
@@ -200,45 +198,29 @@ def measure(way: str, turn, ports: list[int], warm: list, parts: dict[int, list]
     return rows
 
 
-def write(result: dict, output: Path, draw) -> None:
-    (output.parent / "figures").mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, output.parent / "figures" / f"{output.stem}.png")
-
-
 def draw(result: dict, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for way, colour in ((ONE, "#0072B2"), (TWO, "#6E6E6E")):
-        points = [(row["concurrency"], row["turns_per_s"]) for row in result["rows"] if row["way"] == way]
-        axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=way)
-    axes.set_xscale("log", base=2)
-    levels = sorted({row["concurrency"] for row in result["rows"]})
-    axes.set_xticks(levels, levels)
-    axes.minorticks_off()
-    axes.set_ylim(0)
-    axes.set_xlabel("Turns under way at any time")
-    axes.set_title("Retrieval turns a second", loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    with plot(path, "Retrieval turns a second", "Turns under way at any time") as axes:
+        for way, colour in ((ONE, "#0072B2"), (TWO, "#6E6E6E")):
+            points = [(row["concurrency"], row["turns_per_s"]) for row in result["rows"] if row["way"] == way]
+            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=way)
+        axes.set_xscale("log", base=2)
+        levels = sorted({row["concurrency"] for row in result["rows"]})
+        axes.set_xticks(levels, levels)
+        axes.minorticks_off()
+        axes.set_ylim(0)
 
 
 @one_line_errors("serving.py")
 def main() -> None:
-    parser = CommandParser("serving.py", __doc__)
-    parser.add_argument("--model", required=True, help="directory of a trained model")
-    parser.add_argument("--queries", required=True, help="queries.jsonl with messages")
+    parser = command_parser("serving.py", __doc__, "model", "queries")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="(default: 1 8 32)")
     parser.add_argument("--output", help="the JSON file to write; a figure goes into figures/ beside it")
     parser.add_argument("--check", action="store_true", help="compare the vectors of 200 requests at once, and stop")
     parser.add_argument("--load", type=int, metavar="REQUESTS", help="send as many, write the memory's curve, and stop")
     words = parser.parse_args()
-    command = " ".join([".venv-vllm/bin/python", *sys.argv])
     if not words.check and not words.output:
         parser.error("--output is missing; name a JSON file, or pass --check")
+    command = " ".join([".venv-vllm/bin/python", *sys.argv])
     conversations = read_conversations(Path(words.queries))
     levels = words.concurrency
     warm, rest = conversations[: len(conversations) // 10], conversations[len(conversations) // 10 :]
@@ -258,14 +240,16 @@ def main() -> None:
         if words.load:
             wanted = load_model(words.model).embed_query(conversations)
             result = asyncio.run(under_load(words.load, conversations, wanted, process))
-            write({"command": command, **result}, Path(words.output), draw_memory)
+            write({"command": command, **result}, words.output, draw_memory)
             print(f"{result['wrong']} wrong; memory grew by {result['growth_mb_second_half']} MB in the second half")
             return
     with server(serve_command(words.model, LONGEST), PORT):  # anew: nothing of the check is in its cache
         rows = measure(ONE, native_turn, [PORT], warm, parts)
-    backbone, config = backbone_of(model_folder(words.model))
+    folder = model_folder(words.model)
+    backbone, config = backbone_of(folder)
+    encoder = local_paths(folder).get("teacher") or config.teacher_name_or_path
     plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-    encoder = [*plain, config.teacher_name_or_path, "--served-model-name", "teacher", "--runner", "pooling"]
+    encoder = [*plain, encoder, "--served-model-name", "teacher", "--runner", "pooling"]
     with server([*plain, backbone, "--served-model-name", NAME, *LONGEST], PORT), server(encoder, TEACHER_PORT):
         turn = partial(two_model_turn, query_prompt=config.query_prompt)
         rows += measure(TWO, turn, [PORT, TEACHER_PORT], warm, parts)
@@ -278,7 +262,7 @@ def main() -> None:
         "rows": rows,
         "ratio": {str(level): round(speed[ONE, level] / speed[TWO, level], 2) for level in levels},
     }
-    write(result, Path(words.output), draw)
+    write(result, words.output, draw)
     print(f"Turns a second, ours over the pipeline's: {result['ratio']}")
 
 

@@ -1,10 +1,11 @@
 """
-A page to talk to the agent and to see, for each turn, what its vector found beside what the two-model pipeline finds.
+A web page to talk to the agent. For each turn it compares two searches: by the native query vector, and by a query that the
+language model writes and the teacher encodes.
 
-    python examples/app.py                          # with what `make demo` has made, on http://127.0.0.1:7860
+    python examples/app.py                          # the demo's model and index, on http://127.0.0.1:7860
     python examples/app.py --model MODEL --index INDEX [--teacher TEACHER] [--port 7861]
 
-Conversations live in the browser (and survive a refresh); the server keeps nothing but the caches of open pages.
+Conversations are stored in the browser and survive a refresh. The server keeps only the KV caches of open pages.
 """
 
 import sys
@@ -19,10 +20,10 @@ from starlette.middleware import Middleware
 
 from native_retrieval.agent import Agent
 from native_retrieval.cli import CommandParser, one_line_errors
+from native_retrieval.figures import plot_map
 from native_retrieval.index import DocumentIndex, label
-from native_retrieval.loading import load_model
+from native_retrieval.loading import load_model, local_paths
 from native_retrieval.methods import read_query
-from native_retrieval.report import plot_map
 from native_retrieval.teacher import Teacher, teacher_of
 
 EXAMPLES = ("Who painted Guernica?", "How high is Mount Everest?", "What did Clara Schumann compose?")
@@ -37,7 +38,7 @@ NUM_DOCUMENTS = 5
 
 
 class OwnImagesOnly:
-    """An answer is Markdown: a document could make the model write an image whose address tells what was said."""
+    """An answer is Markdown: a document could make the model write an image whose address leaks the conversation."""
 
     def __init__(self, app):
         self.app = app
@@ -56,7 +57,7 @@ SERVED = {"app_kwargs": {"middleware": [Middleware(OwnImagesOnly)]}, "theme": gr
 
 @dataclass
 class Comparison:
-    """One turn, searched both ways from one prefill: documents, milliseconds of each part, and the written query."""
+    """One turn, searched both ways after one prefill: documents, milliseconds of each part, and the written query."""
 
     query: str
     rows: dict[str, list[int]]
@@ -66,9 +67,9 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(model, teacher: Teacher, index: DocumentIndex, messages: list[dict]) -> Comparison:
-    prefill = model.prefill(*model.pad([model.build_prompt(messages)]))
-    comparison = Comparison("", {}, {}, {}, [])
+def compare(agent: Agent, teacher: Teacher) -> Comparison:
+    """Searches both ways for the turn that the agent has just taken."""
+    model, index, comparison = agent.model, agent.index, Comparison("", {}, {}, {}, [])
 
     def timed(way: str, part: str, function, *arguments):
         begin = time.perf_counter()
@@ -76,9 +77,10 @@ def compare(model, teacher: Teacher, index: DocumentIndex, messages: list[dict])
         comparison.milliseconds.append((way, part, round(1000 * (time.perf_counter() - begin), 1)))
         return result
 
-    output = timed(NATIVE, "head", model.embed_prefilled, prefill, "context")
-    _, (query,) = timed(PIPELINE, "write the query", model.write_queries, prefill)
-    comparison.query = read_query(model.tokenizer, query, messages[-1]["content"])  # as `eval.py` reads it
+    output = timed(NATIVE, "head", model.embed_prefilled, agent.cache, "context")
+    _, (query,) = timed(PIPELINE, "write the query", model.write_queries, agent.cache)
+    question = agent.messages[-1]["content"]
+    comparison.query = read_query(model.processor.tokenizer, query, question)  # as `eval.py` does
     comparison.vectors = {
         NATIVE: output.query_embeddings.float().cpu().numpy(),
         PIPELINE: timed(PIPELINE, "encode it", teacher.encode, [comparison.query]),
@@ -99,7 +101,7 @@ def bars(comparison: Comparison) -> pd.DataFrame:
 
 
 def chart(index: DocumentIndex, comparison: Comparison):
-    """Queries as stars, documents as points: blue if found natively, orange by the pipeline, grey by both."""
+    """Queries are stars. Documents are points: blue if the native query found them, orange the pipeline, grey both."""
     queries = {"native query": comparison.vectors[NATIVE][0], f"“{comparison.query}”": comparison.vectors[PIPELINE][0]}
     documents = {}
     for row in dict.fromkeys([*comparison.rows[NATIVE], *comparison.rows[PIPELINE]]):
@@ -110,12 +112,44 @@ def chart(index: DocumentIndex, comparison: Comparison):
     return plot_map(queries, documents)
 
 
+def remember(history: list[dict] | None) -> list[dict]:
+    """The page's conversation as plain messages; Gradio returns their text in parts."""
+
+    def text(content) -> str:
+        return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+    return [{"role": message["role"], "content": text(message["content"])} for message in history or []]
+
+
+def take_turn(agent: Agent, teacher: Teacher, question: str, before: list[dict]):
+    """Streams what the page shows: the user's turn, the documents found, and the answer piece by piece."""
+    if not question.strip():
+        raise gr.Error("Ask something first.", duration=4, print_exception=False)
+    if agent.messages != before:  # after a refresh, or in a new conversation
+        agent.messages, agent.cache = before, None
+    try:
+        agent.search(question)
+    except ValueError as error:
+        raise gr.Error(f"{str(error)[0].upper()}{str(error)[1:]}.", print_exception=False) from error
+    found = compare(agent, teacher)
+    tables = [table(agent.index, found.rows[way], found.scores[way]) for way in (NATIVE, PIPELINE)]
+    right = [*tables, found.query, bars(found), chart(agent.index, found)]
+    asked, said = agent.messages, ""
+    yield [[*asked, {"role": "assistant", "content": "…"}], agent, *(gr.update(value=value) for value in right)]
+    unchanged = [gr.skip()] * len(right)
+    for piece in agent.answer():
+        said += piece
+        yield [[*asked, {"role": "assistant", "content": said}], agent, *unchanged]
+    yield [agent.messages, agent, *unchanged]
+
+
 def build_page(model, teacher: Teacher, index: DocumentIndex, max_new_tokens: int = 96) -> gr.Blocks:
     with gr.Blocks(title="Native Retrieval", fill_width=True) as page:
         gr.Markdown(
             "# Native Retrieval\n"
-            f"{len(index):,} documents, vectors by *{index.info['teacher_name'].rstrip('/').split('/')[-1]}*. The language "
-            "model's own state is the query: left, the conversation; right, what each way finds for your last turn."
+            f"{len(index):,} documents, embedded by *{index.info['teacher_name'].rstrip('/').split('/')[-1]}*. The language "
+            "model's own state is the query. Left: the conversation. Right: the documents that each way finds for the "
+            "last turn."
         )
         kept = gr.BrowserState([], storage_key="native-retrieval")
         agents = gr.State(None, time_to_live=3600)
@@ -133,7 +167,7 @@ def build_page(model, teacher: Teacher, index: DocumentIndex, max_new_tokens: in
             with gr.Column(scale=5, min_width=420):
                 with gr.Row():
                     columns = {"headers": ["document", "cosine"], "column_widths": ["75%", "25%"], "wrap": True}
-                    ours = gr.Dataframe(label="Native: no query is written", elem_id="native", **columns)
+                    ours = gr.Dataframe(label="Native query: no text is written", elem_id="native", **columns)
                     theirs = gr.Dataframe(label="Generate a query, then encode it", elem_id="pipeline", **columns)
                 query = gr.Textbox(label="The query that the model would have written", elem_id="query")
                 with gr.Row():
@@ -149,43 +183,15 @@ def build_page(model, teacher: Teacher, index: DocumentIndex, max_new_tokens: in
                     )
                     where = gr.Plot(show_label=False, elem_id="where")
         shown = [ours, theirs, query, spent, where]
-        # Updates throughout, and none of what is an input: of a component that an update comes to, and then a value comes to
-        # or from, Gradio 6.31 keeps another copy with every turn of a session.
+        # Always updates, never values: Gradio 6.31 leaks a copy per turn of a component that gets an update first and a value
+        # later.
         nothing = [gr.update(value=value) for value in (None, None, "", None, None)]
 
         def turn(question: str, history: list[dict], agent: Agent | None):
-            """Streams: the user's turn, what was found, the answer piece by piece."""
-            if not question.strip():
-                raise gr.Error("Ask something first.", duration=4, print_exception=False)
             agent = agent or Agent(model, index, NUM_DOCUMENTS, max_new_tokens=max_new_tokens)
-            before = [{"role": m["role"], "content": _text(m["content"])} for m in history or []]
-            if agent.messages != before:  # after a refresh, or in a new conversation
-                agent.messages, agent.cache = before, None
-            try:
-                agent.search(question)
-            except ValueError as error:
-                raise gr.Error(f"{str(error)[0].upper()}{str(error)[1:]}.", print_exception=False) from error
-            found = compare(model, teacher, index, agent.messages)
-            right = [
-                table(index, found.rows[NATIVE], found.scores[NATIVE]),
-                table(index, found.rows[PIPELINE], found.scores[PIPELINE]),
-                found.query,
-                bars(found),
-                chart(index, found),
-            ]
-            right = [gr.update(value=value) for value in right]
-            asked, said = agent.messages, ""
-            yield [[*asked, {"role": "assistant", "content": "…"}], agent, *right]
-            unchanged = [gr.skip()] * len(right)
-            for piece in agent.answer():
-                said += piece
-                yield [[*asked, {"role": "assistant", "content": said}], agent, *unchanged]
-            yield [agent.messages, agent, *unchanged]
+            yield from take_turn(agent, teacher, question, remember(history))
 
-        def remember(history: list[dict]) -> list[dict]:
-            return [{"role": m["role"], "content": _text(m["content"])} for m in history or []]
-
-        # One turn of a page at a time: clicks while it runs are dropped.
+        # One turn at a time: a page drops clicks while it runs.
         asked = gr.on(
             [box.submit, send.click],
             turn,
@@ -195,7 +201,7 @@ def build_page(model, teacher: Teacher, index: DocumentIndex, max_new_tokens: in
             show_progress="minimal",
             concurrency_limit=4,
         )
-        gr.on([box.submit, send.click], None, None, box, js="() => ''")  # what was asked is on its way by then
+        gr.on([box.submit, send.click], None, None, box, js="() => ''")  # the question is already sent
         asked.then(remember, chat, kept, show_progress="hidden")
         stop.click(remember, chat, kept, cancels=[asked], show_progress="hidden")
         gr.on(
@@ -209,23 +215,19 @@ def build_page(model, teacher: Teacher, index: DocumentIndex, max_new_tokens: in
     return page.queue(max_size=64)
 
 
-def _text(content) -> str:
-    """A message's text, which Gradio hands back in parts."""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
 @one_line_errors("app.py")
 def main(argv: list[str] | None = None) -> None:
     parser = CommandParser("app.py", __doc__)
     parser.add_argument("--model", default=".cache/demo/model", help="a trained model (default: %(default)s)")
     parser.add_argument("--index", default=".cache/demo/index", help="its teacher's index (default: %(default)s)")
-    parser.add_argument("--teacher", help="the teacher, if it lies elsewhere than at training")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument("--teacher", help="name or path of the teacher, if it has moved since training")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     words = parser.parse_args(argv)
     model, index = load_model(words.model), DocumentIndex.load(words.index)
     index.check_model(model.config)
-    page = build_page(model, teacher_of(model.config, words.teacher), index)
+    teacher = teacher_of(model.config, words.teacher or local_paths(words.model).get("teacher"))
+    page = build_page(model, teacher, index)
     page.launch(server_name=words.host, server_port=words.port, **SERVED)
 
 

@@ -1,8 +1,8 @@
 """
-An agent as a LangGraph graph, whose `search` tool takes its vector from the language model's own state. No embedding model
-is loaded in this process; the last line says so.
+An agent as a LangGraph graph. Its `search` tool takes the query vector from the language model's own state: no embedding
+model is loaded, as the last line says.
 
-    python examples/langgraph_agent.py              # with what `make demo` has made
+    python examples/langgraph_agent.py              # the demo's model and index
     python examples/langgraph_agent.py MODEL INDEX  # your own
 """
 
@@ -25,11 +25,8 @@ QUESTIONS = ("Who painted Guernica?", "Which war is it about?")
 
 
 def build_graph(model, index: DocumentIndex):
-    """`decide` calls the tool, `search` finds documents, `answer` goes on from the cache that the search has left."""
-    caches = {}  # the cache of the conversation in hand; a tensor has no place in a graph's state
-
-    def prompt_of(messages: list[BaseMessage]) -> torch.Tensor:
-        return torch.tensor([model.build_prompt(conversation_of(messages))], device=model.backbone.device)
+    """`decide` calls the tool, `search` finds documents, `answer` resumes from the KV cache of the search."""
+    caches = {}  # of the present conversation; a tensor has no place in a graph's state
 
     def decide(state: MessagesState) -> dict:
         # A larger model decides for itself; one of 135M parameters always searches.
@@ -46,9 +43,10 @@ def build_graph(model, index: DocumentIndex):
         return search_results(conversation[-1]["content"], [index.documents[int(row)] for row in rows[0]])["content"]
 
     def answer(state: MessagesState) -> dict:
-        prompt = prompt_of(state["messages"])
-        output = model.generate(prompt, past_key_values=caches["last"], max_new_tokens=60, do_sample=False)
-        text = model.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+        prompt = model.processor.encode(conversation_of(state["messages"]))
+        input_ids = torch.tensor([prompt], device=model.backbone.device)
+        output = model.generate(input_ids, past_key_values=caches["last"], max_new_tokens=60, do_sample=False)
+        text = model.processor.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
         return {"messages": [AIMessage(text.strip())]}
 
     graph = StateGraph(MessagesState)

@@ -1,7 +1,7 @@
 """
-A conversation to documents.
+From a conversation to documents.
 
-    python examples/quickstart.py                   # with what `make demo` has made
+    python examples/quickstart.py                   # the demo's model and index
     python examples/quickstart.py MODEL INDEX       # your own
 """
 

@@ -1,6 +1,6 @@
 """
-An agent's turns, each through the model once: the prefill of the conversation gives the query vector, the documents found
-are appended behind it, and the answer goes on from the same cache. The next turn goes on from there as well.
+An agent that searches before it answers. Each turn passes through the model once: the prefill of the conversation gives the
+query vector, the documents found are appended, and the answer and the next turn reuse the same KV cache.
 
     agent = Agent(model, index)
     found = agent.search("Who painted Guernica?")
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from modeling_native_retrieval import NativeRetrievalModel
+from modeling_native_retrieval import NativeRetrievalModel, QueryCache
 
 from .index import DocumentIndex
 
@@ -27,7 +27,7 @@ def search_results(question: str, documents: Sequence[Mapping[str, str]]) -> dic
     Documents as a tool's message: marked as quoted text, unable to close the fence that they stand in, and with the
     question once more behind them, which small models need.
 
-    Special tokens of the chat template need no care here: `build_prompt` turns them into plain text everywhere.
+    Special tokens of the chat template need no care here: the processor reads them as text, in every message.
     """
 
     def plain(text: str) -> str:
@@ -43,7 +43,7 @@ def search_results(question: str, documents: Sequence[Mapping[str, str]]) -> dic
 
 @dataclass
 class Found:
-    """What a search gave: documents, best first, their scores, the query vector, and the milliseconds it took."""
+    """The documents of a search, best first, their scores, the query vector, and the milliseconds of each part."""
 
     documents: list[dict[str, str]]
     scores: list[float]
@@ -59,8 +59,9 @@ class Agent:
         model: a trained model.
         index: its teacher's index.
         num_documents: documents found each turn.
-        num_read: of these, what the model gets to read; a small model is confused by many.
+        num_read: of these, how many the model reads; a small model is confused by many.
         max_new_tokens: longest answer.
+        tools, template_kwargs: tools and further arguments of the backbone's chat template, such as `enable_thinking`.
     """
 
     def __init__(
@@ -70,43 +71,37 @@ class Agent:
         num_documents: int = 5,
         num_read: int = 1,
         max_new_tokens: int = 96,
+        tools: list | None = None,
+        **template_kwargs,
     ):
         for name, value in (("num_documents", num_documents), ("max_new_tokens", max_new_tokens)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         index.check_model(model.config)
-        self.model, self.index = model, index
+        self.model, self.index, self.template_kwargs = model, index, {"tools": tools, **template_kwargs}
         self.num_documents, self.num_read, self.max_new_tokens = num_documents, num_read, max_new_tokens
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict] = []
         # Read in their own turn only: later prompts stay short, and old documents don't draw later vectors to them.
         self.results: dict[str, str] | None = None
-        self.cache = None
+        self.cache: QueryCache | None = None
         self.first_token_ms: float | None = None
 
     def search(self, question: str) -> Found:
         """Takes the user's turn, and finds documents with the vector that its prefill gives."""
         begin = time.perf_counter()
         messages = [*self.messages, {"role": "user", "content": question}]
-        output = self.model.embed_query(messages, past_key_values=self.cache, return_cache=True)
+        output = self.model.embed_query(
+            [messages], past_key_values=self.cache, return_cache=True, **self.template_kwargs
+        )
         vector = output.query_embeddings.float().cpu().numpy()
         embedded = time.perf_counter()
         scores, rows = self.index.search(vector, self.num_documents)
         documents = [self.index.documents[row] for row in rows[0].tolist() if row != -1]
         searched = time.perf_counter()
         self.messages, self.cache = messages, output.past_key_values
-        self.results = self._read(question, documents[: self.num_read])
+        self.results = search_results(question, documents[: self.num_read])
         milliseconds = {"prefill and vector": 1000 * (embedded - begin), "search": 1000 * (searched - embedded)}
         return Found(documents, scores[0].tolist()[: len(documents)], vector[0], milliseconds)
-
-    def _read(self, question: str, documents: Sequence[Mapping[str, str]]) -> dict[str, str]:
-        """The documents as a tool's message: of long ones the beginning, so that half of the prompt is left to the rest."""
-        results, limit = search_results(question, documents), self.model.config.max_prompt_tokens
-        while limit and any(document["text"] for document in documents):
-            if len(self.model.tokenizer(results["content"], verbose=False)["input_ids"]) <= limit // 2:
-                break
-            documents = [{**document, "text": document["text"][: len(document["text"]) // 2]} for document in documents]
-            results = search_results(question, documents)
-        return results
 
     def answer(self) -> Iterator[str]:
         """
@@ -117,19 +112,17 @@ class Agent:
         """
         if self.results is None:
             raise ValueError("there is no question to answer; call search(question) first")
-        prompt = torch.tensor(
-            [self.model.build_prompt([*self.messages, self.results])], device=self.model.backbone.device
-        )
-        text_config = self.model.config.text_config.get_text_config()
-        room = (getattr(text_config, "max_position_embeddings", None) or 1 << 30) - prompt.shape[1]
-        streamer = TextIteratorStreamer(self.model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        prompt = torch.tensor([self.model.processor.encode([*self.messages, self.results], **self.template_kwargs)])
+        context = getattr(self.model.backbone.config.get_text_config(), "max_position_embeddings", None)
+        room = max(1, context - prompt.shape[1]) if context else self.max_new_tokens
+        streamer = TextIteratorStreamer(self.model.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stopped, failure = threading.Event(), []
 
         def generate() -> None:
             try:
                 self.model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
+                    prompt.to(self.model.backbone.device),
+                    attention_mask=torch.ones_like(prompt, device=self.model.backbone.device),
                     past_key_values=self.cache,
                     max_new_tokens=min(self.max_new_tokens, room),
                     do_sample=False,

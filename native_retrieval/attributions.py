@@ -1,4 +1,4 @@
-"""Which words of a conversation the copy path puts into the query vector, as a figure.
+"""A figure of a conversation that shows which words the copy path copies into the query vector.
 
 python -m native_retrieval.attributions --model outputs/qrecc --data data/handwritten --output words.png
 """
@@ -17,46 +17,51 @@ from .conversations import Messages
 
 LINE_CHARACTERS, FONT_SIZE = 100, 8
 CHARACTER_WIDTH, LINE_HEIGHT = 0.602 * FONT_SIZE / 72, 1.75 * FONT_SIZE / 72  # inches, of DejaVu Sans Mono
+TEMPLATE_ROLES = ("system", "developer", "user", "assistant", "model", "tool", "function", "ipython")
 Word = tuple[str, float]
 
 
 def word_weights(model: Any, messages: Messages) -> list[tuple[str, list[Word]]]:
     """
-    The conversation as its prompt has it, turn by turn: (role, [(word, weight), ...]).
+    The turns of a conversation's prompt: (role, [(word, weight), ...]).
 
-    A word's weight is the sum of its tokens', signed: below 0, the word is subtracted. Absolute weights are scaled so that
-    they add up to 1 over the conversation.
+    The weight of a word is the sum of the weights of its tokens; a word with a negative weight is subtracted. The absolute
+    weights of all tokens add up to 1.
 
     Raises:
         `ValueError`: if the model has no copy path.
     """
-    if model.copy_path is None:
-        raise ValueError("the model has no copy path (copy_num_heads=0), so no word has a weight of its own")
+    if model.query_head.copy_path is None:
+        raise ValueError(
+            "the model has no copy path (copy_num_heads=0), so its words have no weights; use one with a copy path"
+        )
     output = model.embed_query([messages], mode="context", return_attributions=True)
     ids, weights = output.input_ids[0].tolist(), output.attributions[0].float().tolist()
     total = sum(map(abs, weights)) or 1.0
-    turns: list[tuple[str, list[Word]]] = []
-    special = set(model.tokenizer.all_special_ids)
-    for i, (token, weight) in enumerate(zip(ids, weights, strict=True)):
-        text = model.tokenizer.decode([token])
+    special = set(model.processor.special_ids)
+    parts: list[list[Word]] = [[]]  # of the prompt, between special tokens
+    for token, weight in zip(ids, weights, strict=True):
+        words, text = parts[-1], model.tokenizer.decode([token])
         if token in special:
-            if i and ids[i - 1] not in special:
-                turns.append(("", []))
-            continue
-        if not turns:
-            turns.append(("", []))
-        words = turns[-1][1]
-        if words and not text.startswith((" ", "\n")) and not words[-1][0].endswith("\n"):
+            parts.append([])
+        elif words and not text.startswith((" ", "\n")) and not words[-1][0].endswith("\n"):
             words[-1] = (words[-1][0] + text, words[-1][1] + weight / total)
         else:
             words.append((text, weight / total))
-    # Behind each turn's start stands its role, then a line end.
-    named = [(words[0][0].strip(), words[1:]) for _, words in turns if words]
-    return [(role, [(word.strip(), weight) for word, weight in words if word.strip()]) for role, words in named]
+    turns, role = [], ""
+    for part in parts:
+        words = [(word.strip(), weight) for word, weight in part if word.strip()]
+        # A template writes the role as the first word of a turn, or between two special tokens of its own.
+        if words and words[0][0] in TEMPLATE_ROLES:
+            role, words = words[0][0], words[1:]
+        if words:
+            turns.append((role, words))
+            role = ""
+    return turns
 
 
 def draw_attributions(model: Any, conversations: Sequence[Messages], path: str | os.PathLike[str]) -> None:
-    """Draws conversations with each word on a ground of its weight: orange where it is added, blue where subtracted."""
+    """Draws conversations; the colour behind a word shows its weight: orange if it is added, blue if subtracted."""
     blocks = [
         [turn for turn in word_weights(model, messages) if turn[0] != "system" and turn[1]]
         for messages in conversations

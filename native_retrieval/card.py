@@ -1,14 +1,14 @@
 """
-The model card, and the way to the Hub: the template `model_card.md`, filled from what training and evaluation left in
-the model's folder.
+The model card, and the push to the Hub: the template `model_card.md` is filled from what training and evaluation wrote.
 
-    # after an evaluation: its table and figures into the card
+    # after an evaluation: put its table and figures into the card
     python -m native_retrieval.card outputs/mine results/mine-test.json
 
-    # and the whole folder to the Hub, with the card pinning the commit that it describes
+    # push the model to the Hub; the card pins the commit that it describes
     python -m native_retrieval.card outputs/mine results/mine-test.json --push_to_hub me/mine
 """
 
+import glob
 import json
 import math
 import os
@@ -16,109 +16,104 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors
 from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from configuration_native_retrieval import NativeRetrievalConfig
 
 from .cli import CommandParser
-from .report import markdown_table, plot_training, read_result
+from .figures import plot_training
+from .names import base_name, is_hub_id, published_command, published_name
+from .results import markdown_table, read_result
 
-TEMPLATE = Path(__file__).resolve().parent.parent / "model_card.md"
+TEMPLATE = Path(__file__).resolve().parents[1] / "model_card.md"  # in a clone, and in what a wheel installs
 RESULT_FIELDS = ("dataset", "split", "num_queries", "num_documents", "command", "baseline", "methods")
 FIGURES = ("by-turn", "failures", "quality-latency")  # of eval.py
 METRICS = {"recall@10": "Recall@10", "mrr@10": "MRR@10", "ndcg@10": "nDCG@10"}
+# The files of a model. Nothing else in its folder is pushed: no checkpoints, logs, results or notes of this disk.
+PUBLISHED = (
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "*_native_retrieval.py",
+    "tokenization_*.py",
+    "*.safetensors",
+    "*.safetensors.*",
+    "config.json",
+)
+PUBLISHED += ("generation_config.json", "processor_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*")
+PUBLISHED += (
+    "added_tokens.json",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+PUBLISHED += ("word_tokenizer/**/*", "backbone/**/*", "figures/*.png")
 
 
 def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.PathLike] = ()) -> Path:
     """
-    Writes `README.md` beside a saved model.
+    Writes `README.md` beside a saved model. Local paths appear in it by their last part only.
 
     Args:
         model_dir: holds `config.json`, the weights, and `training.json`, which the Trainer wrote.
-        results: result files of eval.py; figures named after them are looked for beside them and copied in.
+        results: result files of eval.py; their figures, in `figures/` beside them, are copied.
 
     Raises:
         `FileNotFoundError`: if `training.json`, `config.json` or a result is missing.
-        `ValueError`: if one of them is not what train.py or eval.py wrote.
+        `ValueError`: if train.py or eval.py did not write one of them.
     """
     folder = Path(model_dir)
     for name in ("training.json", "config.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} is missing; a card is written for a model that train.py has saved"
-            )
+            raise FileNotFoundError(f"{folder / name} is missing; write the card of a model that train.py has saved")
     training_info = read_result(folder / "training.json", "backbone", "teacher", "query_modes", "train_data", "command")
     config = NativeRetrievalConfig.from_pretrained(folder)
-    tables, entries, failures = [], [], []
-    repository = training_info.get("repository") or folder.name
-    evaluations = {path: read_result(path, *RESULT_FIELDS) for path in map(Path, results)}
+    repository = training_info.get("repository") or folder.absolute().name
     (folder / "figures").mkdir(exist_ok=True)
-    for path, result in evaluations.items():
-        figures = []
-        for name in FIGURES:  # not every file that begins so: another result's name may begin with this one's
-            source = path.parent / "figures" / f"{path.stem}-{name}.png"
-            if not source.exists():
-                continue
-            if source.parent.resolve() != (folder / "figures").resolve():
-                shutil.copy(source, folder / "figures" / source.name)
-            shown = {"path": f"figures/{source.name}", "caption": source.stem.replace("-", " ")}
-            (failures if source.stem.endswith("failures") else figures).append(shown)
-        command = _without_folders(result["command"])
-        tables.append({**result, "command": command, "table": markdown_table(result), "figures": figures})
-        if native := result["methods"].get(f"native-{config.query_mode}"):
-            entries += _eval_results(result["dataset"], result["split"], native)
-    # Each data set has a log entry of its own; the last of each is of the checkpoint that was kept.
+    evaluations = [_evaluation(Path(path), folder) for path in results]
+    # The last entry of each dev set is of the checkpoint that was kept.
     dev = {name: value for entry in training_info.get("dev", []) for name, value in entry.items()}
-    if not entries:
-        for name in training_info.get("dev_data", {}):
-            prefix = f"eval_{name}_{config.query_mode}_"
-            entries += _eval_results(name, "dev", {metric: dev.get(prefix + metric) for metric in METRICS})
     history = training_info.get("history", [])
     if history:
         plot_training(history, folder / "figures" / "training.png")
+    backbone, teacher = (
+        published_source(training_info[name], getattr(config, f"{name}_name_or_path"))
+        for name in ("backbone", "teacher")
+    )
     data = ModelCardData(
         library_name="transformers",
         license=training_info.get("license", "apache-2.0"),
         pipeline_tag="feature-extraction",
-        # The Hub links to repositories only; a folder of ours means nothing there.
-        base_model=None if _is_local(training_info["backbone"]) else [training_info["backbone"]],
+        base_model=[backbone] if is_hub_id(backbone) else None,  # the Hub links to its own repositories only
         tags=["native-retrieval", "query-embedding", "arxiv:2603.08429"],
         model_name=Path(repository).name,
-        eval_results=entries or None,
+        eval_results=_eval_results(evaluations, dev, training_info, config.query_mode) or None,
     )
-    parameters = 0
-    for weights_file in folder.glob("*.safetensors"):
-        with safetensors.safe_open(weights_file, "pt") as weights:
-            keys = [key for key in weights.keys() if not key.startswith("backbone.")]  # noqa: SIM118 (no mapping)
-            parameters += sum(math.prod(weights.get_slice(key).get_shape()) for key in keys)
-    revision = training_info.get("revision")
+    seconds, revision = training_info.get("training_seconds"), training_info.get("revision")
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         title=Path(repository).name,
         repository=repository,
-        revision_hint=", revision" if revision else "",
-        revision_value=f', "{revision}"' if revision else "",
-        revision_arguments="revision=revision, code_revision=revision, " if revision else "",
-        backbone=_linked(training_info["backbone"]),
-        teacher=_linked(training_info["teacher"]),
-        training_info={**training_info, "command": _without_folders(training_info["command"])},
+        revision=revision,
+        backbone=_linked(backbone),
+        teacher=_linked(teacher),
+        training_info={**training_info, "command": published_command(training_info["command"])},
         config=config,
         modes=", ".join(f"`{mode}`" for mode in training_info["query_modes"]),
         train_data=", ".join(f"{name} ({count})" for name, count in training_info["train_data"].items()),
-        head_parameters=f"{parameters / 1e6:.1f}M",
-        results=tables,
+        head_parameters=f"{_num_parameters(folder) / 1e6:.1f}M",
+        results=evaluations,
         dev={key.removeprefix("eval_"): value for key, value in dev.items() if "@10" in key},
-        failures=failures,
+        failures=[figure for result in evaluations for figure in result["failures"]],
         training_figure=bool(history),
-        duration=_duration(training_info["training_seconds"]) if "training_seconds" in training_info else None,
-        energy=_energy(training_info["training_seconds"], training_info["device"], training_info.get("processes", 1))
-        if "training_seconds" in training_info
-        else None,
+        duration=_duration(seconds) if seconds else None,
+        energy=_energy(seconds, training_info["device"], training_info.get("processes", 1)) if seconds else None,
     )
     path = folder / "README.md"
     card.save(path)
@@ -136,20 +131,30 @@ def push_model(
     commit_message: str = "Upload model",
 ) -> CommitInfo:
     """
-    A saved model to the Hub: the folder in one commit, then a card whose snippets pin that commit, so that nobody who
-    copies them runs code that is pushed later. What the Hub has already is not sent again.
+    Pushes a saved model to the Hub: its files in one commit, then a card whose snippets pin that commit, so that readers
+    never run code that is pushed later. The folder's other files (logs, checkpoints, `training.json`) stay here. Files
+    that the Hub has already are not sent again.
 
     Args:
         model_dir, results: as for [`write_model_card`].
-        repository: `user/name`; made if it is not there.
+        repository: `user/name`; created if it does not exist.
         token: with the right to write; by default the one of `hf auth login` or of `HF_TOKEN`.
         private: whether a new repository is private.
         revision: the branch to push to.
 
     Raises:
         `FileNotFoundError`: if `training.json`, `config.json` or a result is missing.
+        `ValueError`: if nobody else could load the model: its backbone is neither stored with it nor on the Hub.
     """
     folder, api = Path(model_dir), HfApi(token=token)
+    config = NativeRetrievalConfig.from_pretrained(folder)
+    if not config.store_backbone and not is_hub_id(config.backbone_name_or_path or ""):
+        raise ValueError(
+            f"{folder} does not hold its backbone (store_backbone=False), and backbone_name_or_path="
+            f"{config.backbone_name_or_path!r} is no Hub id (owner/name), so nobody else could load the model; train it with "
+            "--store_backbone true, or with a backbone from the Hub"
+        )
+    write_model_card(folder, results)  # raises if something is missing, before a repository is created
     repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
     _note(folder, repository=repository, revision=None)
     write_model_card(folder, results)
@@ -158,8 +163,7 @@ def push_model(
         folder_path=folder,
         commit_message=commit_message,
         revision=revision,
-        # training.json names folders of this disk; the card has what others need of it.
-        ignore_patterns=["checkpoint-*", "backbone/*", "*.bin", "training.json", "_*"],
+        allow_patterns=[glob.escape(name) for name in published_files(folder)],
     )
     _note(folder, revision=commit.oid)
     card = write_model_card(folder, results)
@@ -173,25 +177,70 @@ def push_model(
     return commit
 
 
+def published_files(folder: Path) -> list[str]:
+    """The files of a saved model that a push sends, relative to its folder."""
+    files = {path for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in files if not path.name.startswith(("_", ".")))
+
+
+def published_source(source: str, in_config: str | None) -> str:
+    """The name of a backbone or teacher for others: a Hub id, or the last part of a path. `in_config` is the model's own."""
+    return base_name(source) if in_config == base_name(source) else published_name(source)
+
+
+def _evaluation(path: Path, folder: Path) -> dict[str, Any]:
+    """A result file for the template, with its table and its figures, which are copied into the model's folder."""
+    result = read_result(path, *RESULT_FIELDS)
+    figures = {"figures": [], "failures": []}
+    for name in FIGURES:  # not every file with this prefix: it may be the prefix of another result's name, too
+        source = path.parent / "figures" / f"{path.stem}-{name}.png"
+        if not source.exists():
+            continue
+        if source.parent.resolve() != (folder / "figures").resolve():
+            shutil.copy(source, folder / "figures" / source.name)
+        shown = {"path": f"figures/{source.name}", "caption": source.stem.replace("-", " ")}
+        figures["failures" if name == "failures" else "figures"].append(shown)
+    return {**result, **figures, "command": published_command(result["command"]), "table": markdown_table(result)}
+
+
 def _note(folder: Path, **training_info: str | None) -> None:
     path = folder / "training.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **training_info}, indent=2) + "\n")
 
 
-def _eval_results(dataset: str, split: str, metrics: dict[str, float | None]) -> list[EvalResult]:
+def _eval_results(evaluations: list, dev: dict, training_info: dict, mode: str) -> list[EvalResult]:
+    """The metadata of the Hub: the evaluations of the model's own mode; without any, its dev metrics."""
+    measured = [
+        (result["dataset"], result["split"], result["methods"][f"native-{mode}"])
+        for result in evaluations
+        if f"native-{mode}" in result["methods"]
+    ]
+    if not measured:
+        for name in training_info.get("dev_data", {}):
+            measured.append((name, "dev", {metric: dev.get(f"eval_{name}_{mode}_{metric}") for metric in METRICS}))
     return [
         EvalResult(
             task_type="text-retrieval",
             dataset_type=dataset,
             dataset_name=dataset,
             dataset_split=split,
-            metric_type=name,
+            metric_type=metric,
             metric_name=label,
-            metric_value=round(metrics[name], 4),
+            metric_value=round(values[metric], 4),
         )
-        for name, label in METRICS.items()
-        if metrics.get(name) is not None
+        for dataset, split, values in measured
+        for metric, label in METRICS.items()
+        if values.get(metric) is not None
     ]
+
+
+def _num_parameters(folder: Path) -> int:
+    """Parameters of the head: the weights at the folder's root."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safetensors.safe_open(path, "pt") as weights:
+            total += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+    return total
 
 
 def _duration(seconds: float) -> str:
@@ -203,33 +252,17 @@ def _energy(seconds: float, device: str, processes: int) -> str:
     return f"{watts * seconds / 3.6e6:.2g} kWh"
 
 
-def _linked(source: str) -> str:
-    """A link to a Hub id; of a local path the last part, so that no card tells of its author's disk."""
-    return Path(source).name if _is_local(source) else f"[{source}](https://huggingface.co/{source})"
-
-
-def _without_folders(command: str) -> str:
-    """A command without the folders of whole paths, for the same reason."""
-    words = (word.rpartition("=") for word in command.split(" "))
-    return " ".join(flag + sign + (Path(value).name if os.path.isabs(value) else value) for flag, sign, value in words)
-
-
-def _is_local(source: str) -> bool:
-    """Whether a model's name is a path, of this disk or another's."""
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return True
-    return Path(source).exists()
+def _linked(name: str) -> str:
+    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else name
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one line on stderr."""
     parser = CommandParser("python -m native_retrieval.card", __doc__)
-    parser.add_argument("model", help="folder that train.py has saved")
+    parser.add_argument("model", help="folder of a model that train.py has saved")
     parser.add_argument("results", nargs="*", help="result files of eval.py; their figures are copied too")
-    parser.add_argument("--push_to_hub", metavar="REPO", help="push the folder to this repository of the Hub")
-    parser.add_argument("--private", action="store_true", help="make it private, if it is new")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="push the model to this repository of the Hub")
+    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
     words = parser.parse_args(argv)
     try:
         if words.push_to_hub:
@@ -238,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print(write_model_card(words.model, words.results))
     except Exception as error:  # the Hub's client raises errors of four libraries
-        hint = "; nothing here is lost, and the same command goes on" if words.push_to_hub else ""
+        hint = "; nothing is lost here, and the same command continues the push" if words.push_to_hub else ""
         print(f"card: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 2
     return 0

@@ -21,8 +21,8 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .arguments import NativeRetrievalTrainingArguments, RunArguments
+from .cache import atomic_write, seal, sha256
 from .card import push_model, write_model_card
-from .files import atomic_write, seal, sha256
 
 SECONDS_NAME = "training_seconds"  # of a checkpoint: what it took to get there
 RECIPE = (

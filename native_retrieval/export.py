@@ -18,14 +18,13 @@ import sys
 from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Router
 from transformers.utils import logging
 
 from modeling_native_retrieval import NativeRetrievalModel
 
 from .cli import CommandParser, one_line_errors
-from .integrations.native_query import NativeQuery
-from .loading import load_model
+from .integrations.native_query import NativeQuery, NativeRouter
+from .loading import load_model, local_paths
 from .teacher import teacher_of
 
 
@@ -41,7 +40,7 @@ def to_sentence_transformer(model: NativeRetrievalModel, teacher: str | None = N
         `ValueError`: if the teacher is not the one that the model was trained towards.
     """
     documents = teacher_of(model.config, teacher)
-    router = Router.for_query_document([NativeQuery(model.eval())], list(documents.model.children()))
+    router = NativeRouter.for_query_document([NativeQuery(model.eval())], list(documents.model.children()))
     # The model has learnt the vectors that the teacher gives to prompted queries; documents keep their prompt.
     prompts = {**documents.model.prompts, "query": ""}
     return SentenceTransformer(modules=[router], prompts=prompts, similarity_fn_name="cosine")
@@ -49,7 +48,8 @@ def to_sentence_transformer(model: NativeRetrievalModel, teacher: str | None = N
 
 def export(model_dir: str | os.PathLike, output_dir: str | os.PathLike, teacher: str | None = None) -> None:
     """
-    Writes [`to_sentence_transformer`] of a saved model to `output_dir`.
+    Writes [`to_sentence_transformer`] of a saved model to `output_dir`. A backbone that is only on this machine is written
+    too, whatever `store_backbone` says: the folder would not load elsewhere.
 
     Raises:
         `FileExistsError`: if `output_dir` is not empty.
@@ -57,7 +57,9 @@ def export(model_dir: str | os.PathLike, output_dir: str | os.PathLike, teacher:
     output_dir = Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} exists; name a new or empty directory")
-    to_sentence_transformer(load_model(str(model_dir)), teacher).save(str(output_dir))
+    model, local = load_model(model_dir, dtype="auto"), local_paths(model_dir)  # in the precision that it is stored in
+    model.config.store_backbone |= "backbone" in local
+    to_sentence_transformer(model, teacher or local.get("teacher")).save(str(output_dir))
 
 
 @one_line_errors("export")
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandParser("python -m native_retrieval.export", __doc__)
     parser.add_argument("model", help="folder or Hub id of a model that train.py wrote")
     parser.add_argument("output", help="a new folder")
-    parser.add_argument("--teacher", help="its teacher, by name or path, if it lies elsewhere than at training")
+    parser.add_argument("--teacher", help="name or path of the teacher, if it has moved since training")
     arguments = parser.parse_args(argv)
     logging.set_verbosity_error()
     export(arguments.model, arguments.output, arguments.teacher)

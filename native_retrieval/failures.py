@@ -1,7 +1,7 @@
-"""One page on where a native mode fails: by depth, change of topic, rare words and earlier documents, and its worst queries."""
+"""A page on where a native mode fails: by depth, topic shift, rare words and earlier documents, with its worst queries."""
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from processing_native_retrieval import clean_messages
+
 from .data import Task
+from .figures import GREY, INK, NATIVE_COLOURS, PALE, TURN_BINS
 from .methods import Comparison
 from .metrics import Run, ranking
-from .report import BASELINE, CUTOFF, GREY, INK, NATIVE_COLOURS, PALE, TURN_BINS, failures
+from .results import BASELINE, CUTOFF
 
 NUM_WORST = 20
 RARITY_BINS = (("in no document", 0, 0), ("in 1–3 documents", 1, 3), ("in 4–20", 4, 20), ("in more", 21, np.inf))
@@ -32,11 +35,11 @@ def write_failure_report(
     Writes a page of Markdown and its figure, and returns both paths.
 
     Args:
-        path: of the Markdown file.
-        result: as `report.build_result` makes it, with generate-then-encode and a native mode among its methods.
-        runs: what `comparison.runs()` gave.
-        method: the native mode to look at; the model's own default if absent, or else the first there is.
-        figure: where the figure goes; by default beside the page, under its name.
+        path: the Markdown file.
+        result: from `results.build_result`, with generate-then-encode and a native mode among its methods.
+        runs: from `comparison.runs()`.
+        method: the native mode to look at; by default the model's own `query_mode`, if it was run, or the first one.
+        figure: the PNG file; by default beside the page, with its name.
 
     Raises:
         `ValueError`: if either method is not in the result.
@@ -52,7 +55,7 @@ def write_failure_report(
         file.parent.mkdir(parents=True, exist_ok=True)
     splits = {
         "Depth of the conversation (user turns so far)": _by_depth(result),
-        "Change of topic": _by_switch(task),
+        "Topic shift": _by_switch(task),
         "Rarest word of the question (stem, in how many documents)": _by_rarity(task, comparison),
     }
     splits = {name: groups for name, groups in splits.items() if groups}
@@ -60,9 +63,9 @@ def write_failure_report(
     page = [
         f"# Where {method} fails: {result['dataset']}, {result['split']}",
         "",
-        f"{result['num_queries']} queries, {result['num_documents']} documents. {BASELINE} is the two-model pipeline: the "
-        f"language model writes a query, the embedding model encodes it. A hit is a relevant document among the first "
-        f"{CUTOFF}; MRR is the mean of 1 / its rank, 0 past {CUTOFF}.",
+        f"{result['num_queries']} queries, {result['num_documents']} documents. {BASELINE} uses two models: the language "
+        f"model writes a query, the embedding model encodes it. A hit is a relevant document in the top {CUTOFF}; MRR is "
+        f"the mean of 1 / its rank, or 0 outside the top {CUTOFF}.",
         "",
         f"![Hits by group]({Path(os.path.relpath(figure_path, path.parent)).as_posix()})",
         "",
@@ -72,10 +75,24 @@ def write_failure_report(
     page += ["## Documents of earlier turns", "", _earlier(result, runs, task, method), ""]
     page += [f"## The {NUM_WORST} queries on which it loses most to {BASELINE}", ""]
     documents = {row["_id"]: _short(f"{row['title']} {row['text']}") for row in task.corpus}
-    for row in failures(result, BASELINE, method, NUM_WORST):
+    for row in worst_queries(result, method, NUM_WORST):
         page += _one_failure(row, result, runs, task, comparison, documents, method)
     path.write_text("\n".join(page).rstrip() + "\n", encoding="utf-8")
     return [path, figure_path]
+
+
+def worst_queries(result: Mapping[str, Any], method: str, n: int, baseline: str = BASELINE) -> list[int]:
+    """
+    Positions in `query_ids` of the queries on which `method` loses most reciprocal rank to `baseline`, worst first.
+
+    At most `n`, and fewer if it loses on fewer. A relevant document past rank 1000 counts as 0.
+    """
+    theirs, ours = (
+        np.array([1.0 / rank if rank else 0.0 for rank in result["methods"][name]["ranks"]])
+        for name in (baseline, method)
+    )
+    losses = theirs - ours
+    return [int(row) for row in np.argsort(-losses, kind="stable")[:n] if losses[row] > 0]
 
 
 # Groups of queries
@@ -109,7 +126,7 @@ def _filled(groups: Groups) -> Groups:
     return {name: mask for name, mask in groups.items() if mask.any()}
 
 
-# Figures of each group
+# Numbers of each group
 
 
 def _scores(result: Mapping[str, Any], method: str) -> tuple[np.ndarray, np.ndarray]:
@@ -124,8 +141,8 @@ def _group_table(result: Mapping[str, Any], groups: Groups, method: str) -> list
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, mask in groups.items():
-        figures = (values[mask].mean() for values in (hits, their_hits, reciprocal, their_reciprocal))
-        lines.append(f"| {name} | {mask.sum()} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |")
+        means = (values[mask].mean() for values in (hits, their_hits, reciprocal, their_reciprocal))
+        lines.append(f"| {name} | {mask.sum()} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
     return lines
 
 
@@ -135,33 +152,33 @@ def _draw(result: Mapping[str, Any], splits: Mapping[str, Groups], method: str, 
     figure = Figure(figsize=(7.5, 0.9 * len(splits) + 0.42 * sum(sizes)), layout="constrained")
     panels = figure.subplots(len(splits), 1, sharex=True, squeeze=False, height_ratios=sizes)[:, 0]
     for axes, (name, groups) in zip(panels, splits.items(), strict=True):
-        places = np.arange(len(groups))
+        rows = np.arange(len(groups))
         ours = [hits[mask].mean() for mask in groups.values()]
         base = [theirs[mask].mean() for mask in groups.values()]
-        axes.barh(places - 0.2, ours, 0.36, color=NATIVE_COLOURS[method], label=method)
-        axes.barh(places + 0.2, base, 0.36, color=GREY, label=BASELINE)
-        axes.set_yticks(places, [f"{label}  (n = {mask.sum()})" for label, mask in groups.items()])
+        axes.barh(rows - 0.2, ours, 0.36, color=NATIVE_COLOURS[method], label=method)
+        axes.barh(rows + 0.2, base, 0.36, color=GREY, label=BASELINE)
+        axes.set_yticks(rows, [f"{label}  (n = {mask.sum()})" for label, mask in groups.items()])
         axes.set_title(name, loc="left", fontsize=10, color=INK)
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color=PALE, linewidth=0.8)
         axes.set_axisbelow(True)
-    panels[-1].set_xlabel(f"Queries with a hit among the first {CUTOFF}")
+    panels[-1].set_xlabel(f"Share of queries with a hit in the top {CUTOFF}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
 
 
 def _earlier(result: Mapping[str, Any], runs: Mapping[str, Run], task: Task, method: str) -> str:
-    """How often a document that an earlier turn wanted stands above this turn's."""
-    wanted: dict[tuple[str, int], list[str]] = {}
+    """How often a document that is relevant to an earlier turn ranks above those of this turn."""
+    relevant: dict[str, list[tuple[int, list[str]]]] = defaultdict(list)
     for conversation, turn, gold in zip(*(task.queries[column] for column in ("conv", "turn", "gold")), strict=True):
-        wanted[conversation, turn] = gold
+        relevant[conversation].append((turn, gold))
     above, total = Counter(), 0
     for row, (query_id, conversation, turn, gold) in enumerate(
         zip(*(task.queries[column] for column in ("_id", "conv", "turn", "gold")), strict=True)
     ):
-        earlier = {d for (c, t), documents in wanted.items() if c == conversation and t < turn for d in documents}
+        earlier = {document for t, documents in relevant[conversation] if t < turn for document in documents}
         earlier -= set(gold)
         if not earlier:
             continue
@@ -171,10 +188,10 @@ def _earlier(result: Mapping[str, Any], runs: Mapping[str, Run], task: Task, met
             order = ranking(run)[: (rank or len(run) + 1) - 1]
             above[name] += not earlier.isdisjoint(order)
     if not total:
-        return "No query of this split has an earlier turn in it."
+        return "No query of this split has an earlier turn in the split."
     return (
-        f"{total} queries come after a turn of the same conversation that wanted another document. That document stands "
-        f"above the right one in {above[method]} of them for {method} ({above[method] / total:.0%}), in "
+        f"{total} queries come after a turn of the same conversation that has another relevant document. That document "
+        f"ranks above the right one in {above[method]} of them for {method} ({above[method] / total:.0%}), in "
         f"{above[BASELINE]} for {BASELINE} ({above[BASELINE] / total:.0%})."
     )
 
@@ -193,14 +210,14 @@ def _one_failure(
 ) -> list[str]:
     query = task.queries[row]
     lines = [f"### `{query['_id']}`", ""]
-    for message in query["messages"][-3:]:
+    for message in clean_messages(query["messages"])[-3:]:
         lines.append(f"> **{message['role']}**: {_short(message['content'])}  ")
-    lines += ["", f"- wanted: “{documents[query['gold'][0]]}”"]
+    lines += ["", f"- relevant: “{documents[query['gold'][0]]}”"]
     for name in (method, BASELINE):
         run = runs[name][query["_id"]]
         rank = result["methods"][name]["ranks"][row]
         wrote = f", which wrote “{_short(comparison.written.queries[row])}”" if name == BASELINE else ""
-        first = ranking(run)[0]  # an index may hold more than the data's own documents
+        first = next(iter(ranking(run)), "nothing")  # a given index may hold more documents than this corpus
         lines.append(f"- {name}{wrote}: rank {rank or 'past 1,000'}; first: “{documents.get(first, first)}”")
     return [*lines, ""]
 

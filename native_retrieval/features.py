@@ -7,14 +7,14 @@ a causal model so are its states: each conversation is computed once, whole, and
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .files import atomic_write
-from .shards import Advance, Shard, cached_rows, make_in_shards, num_rows, slices
+from .cache import Advance, Shard, atomic_write, cached_rows, make_in_shards, num_rows, slices
 
 IN_MEMORY_BYTES = 2**30
 # What a process computes at a time, and a killed one loses: on two cores half a minute's work, on a GPU a second's, and
@@ -22,6 +22,10 @@ IN_MEMORY_BYTES = 2**30
 # the last bits of a prompt's states.
 SHARD_TOKENS = 2**15
 SHARD_QUERIES = 128
+# Entries of a backbone's configuration that do not change its states.
+NO_SETTINGS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+
+_digests: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, list]] = weakref.WeakKeyDictionary()
 
 
 def shared_prefixes(sequences: Sequence[Sequence[int]]) -> tuple[list[int], np.ndarray]:
@@ -178,10 +182,33 @@ def cached_queries(model, prompts: Sequence[Sequence[int]], cache_dir: str | os.
 
 
 def _key(model, sequences, *settings) -> str:
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for name, weight in model.backbone.state_dict().items():  # a sample of every weight tells backbones apart
-        sample = weight.flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy()
-        digest.update(name.encode() + sample.tobytes())
+    digest = hashlib.sha256(json.dumps([_digest(model.backbone), *settings]).encode())
     for sequence in sequences:
         digest.update(np.asarray(sequence, dtype=np.int32).tobytes() + b"|")
     return digest.hexdigest()[:24]
+
+
+def _digest(backbone: torch.nn.Module) -> str:
+    """
+    A hash of all that the states of a backbone depend on: every weight, and its configuration.
+
+    The weights are read once per model, and again after they have been changed or moved.
+    """
+    weights = {name: weight for name, weight in backbone.state_dict().items() if isinstance(weight, torch.Tensor)}
+    as_they_are = [(weight.data_ptr(), weight._version) for weight in weights.values()]
+    if _digests.get(backbone, ("", None))[1] != as_they_are:
+        digest = hashlib.blake2b(digest_size=16)
+        for name, weight in weights.items():
+            digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+            digest.update(weight.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy())
+        _digests[backbone] = digest.hexdigest(), as_they_are
+    return _digests[backbone][0] + json.dumps(_settings(backbone.config.to_dict()), sort_keys=True, default=str)
+
+
+def _settings(config: dict) -> dict:
+    """A configuration without the entries that say where a model comes from and how it generates."""
+    return {
+        key: _settings(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in NO_SETTINGS and not str(key).endswith("_token_id")
+    }

@@ -1,11 +1,12 @@
 """The teacher's document index: documents, FAISS file and `index.json`, in one directory.
 
-`index.json` says which teacher's vectors lie in the index: a model trained towards another teacher gets an error instead
-of noise. The FAISS file is memory-mapped, so that opening a large index costs no more than its checksum.
+`index.json` names the teacher of the vectors: a model that was trained towards another teacher gets an error, not noise.
+The FAISS file is memory-mapped, so that opening a large index costs no more than its checksum.
 """
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
@@ -17,12 +18,13 @@ import faiss
 import numpy as np
 from filelock import FileLock
 
-from .files import sha256
+from .cache import sha256
 from .teacher import same_teacher
 
 FORMAT_VERSION = 3
-EXACT_UP_TO = 100_000  # vectors: a scan of these takes some milliseconds; `benchmarks/index.py` has the figures
+EXACT_UP_TO = 100_000  # vectors: scanning these takes some milliseconds; `benchmarks/index.py` has the figures
 APPROXIMATE = ("HNSW32,SQfp16", "efSearch=128")
+ADVICE = "leave kind out, or give another one, such as ('Flat', '') or ('HNSW32,SQfp16', 'efSearch=128')"
 PARTS = ("index.json", "index.faiss", "documents")
 FIELDS = {"teacher_name", "teacher_fingerprint", "dimension", "num_documents", "search_parameters", "checksums"}
 REQUIRED_COLUMNS = ("_id", "title", "text")
@@ -30,17 +32,17 @@ NORM_TOLERANCE = 1e-2  # lets half-precision vectors pass
 
 
 def label(document: Mapping[str, str]) -> str:
-    """What people read for a document: its title, or the beginning of a text that has none."""
+    """How a document is shown to people: its title, or the beginning of its text."""
     text = " ".join(document["text"].split())
     return document["title"].strip() or (text if len(text) <= 60 else f"{text[:59]}…")
 
 
 class IndexMismatchError(ValueError):
-    """An index does not belong to the model, or its files do not belong together."""
+    """An index does not fit the model, or its files do not fit each other."""
 
 
 def default_kind(num_documents: int) -> tuple[str, str]:
-    """FAISS's factory string and search parameters: exact while that is fast, then a graph over half-precision vectors."""
+    """FAISS's factory string and search parameters: exact while that is fast, else a graph of half-precision vectors."""
     return ("Flat", "") if num_documents <= EXACT_UP_TO else APPROXIMATE
 
 
@@ -50,14 +52,20 @@ class DocumentIndex:
     Make one with `DocumentIndex.build` or `DocumentIndex.load`.
 
     Attributes:
-        documents: the documents, memory-mapped, with columns `_id`, `title`, `text`; row i has vector i.
+        documents: columns `_id`, `title`, `text`, memory-mapped; row i has vector i.
         vectors: the FAISS index.
-        info: the content of `index.json`: `format_version`, `teacher_name`, `teacher_fingerprint`, `dimension`,
-            `metric`, `kind` and `search_parameters` (of FAISS), `num_documents`, and `checksums`: the sha256 of every
-            other file of the index, by its path in the directory.
+        info: the content of `index.json`: `format_version`, `teacher_name`, `teacher_fingerprint`, `dimension`, `metric`,
+            `kind` and `search_parameters` (FAISS's), `num_documents`, and the sha256 of every other file, `checksums`.
     """
 
     def __init__(self, documents: datasets.Dataset, vectors: faiss.Index, info: dict[str, Any]) -> None:
+        if not isinstance(vectors, faiss.Index):
+            _mismatch("The FAISS index", f"a {type(vectors).__name__}", "one of float vectors")
+        if vectors.metric_type not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
+            _mismatch("The FAISS index's metric", vectors.metric_type, "inner product or L2")
+        seen = (vectors.d, vectors.ntotal, len(documents))
+        if seen != (wanted := (info["dimension"], info["num_documents"], info["num_documents"])):
+            _mismatch("The index's size (dimension, vectors, documents)", seen, wanted)
         self.documents, self.vectors, self.info = documents, vectors, info
 
     @cached_property
@@ -80,7 +88,11 @@ class DocumentIndex:
         kind: tuple[str, str] | None = None,
         overwrite: bool = False,
     ) -> "DocumentIndex":
-        """Writes an index and loads it. The directory appears complete or not at all; a second process waits.
+        """
+        Writes an index and loads it.
+
+        The new index is written, loaded and searched in a folder beside `output_dir`, and takes its name after that. If
+        anything fails, an index that was there stays as it is. A second process waits.
 
         Args:
             documents: columns `_id` (unique), `title`, `text`.
@@ -90,11 +102,12 @@ class DocumentIndex:
             output_dir: the index directory.
             kind: FAISS's factory string and search parameters, such as `("HNSW32,SQfp16", "efSearch=128")`; by default
                 what `default_kind` takes for so many documents.
-            overwrite: replace the index that stands in `output_dir`.
+            overwrite: replace the index in `output_dir`.
 
         Raises:
-            ValueError: documents or vectors that do not fit; the message names the document.
-            FileExistsError: `output_dir` is not empty, and holds no index, or more than one, or `overwrite` is off.
+            ValueError: documents or vectors that do not fit (the message names the document), or a `kind` that FAISS
+                cannot build, load or search.
+            FileExistsError: `output_dir` is not empty, and `overwrite` is off or it holds more than an index.
         """
         target = Path(output_dir)
         _check_target(target, overwrite)
@@ -115,13 +128,14 @@ class DocumentIndex:
                 if target.exists():
                     os.replace(target, replaced)
                 os.replace(staging, target)
+                return cls.load(target)
             except BaseException:
-                if replaced.exists() and not target.exists():
+                if replaced.exists():
+                    shutil.rmtree(target, ignore_errors=True)
                     os.replace(replaced, target)
                 raise
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
-        return cls.load(target)
 
     @classmethod
     def load(cls, index_dir: str | os.PathLike[str]) -> "DocumentIndex":
@@ -141,8 +155,8 @@ class DocumentIndex:
         try:
             info = json.loads((path / "index.json").read_text(encoding="utf-8"))
             version = info["format_version"]
-            whole = version != FORMAT_VERSION or info.keys() >= FIELDS
-        except (ValueError, TypeError, KeyError):  # not JSON, no object, or another one
+            whole = version != FORMAT_VERSION or (info.keys() >= FIELDS and isinstance(info["checksums"], dict))
+        except (ValueError, TypeError, KeyError):  # not JSON, or not an object of these fields
             whole = False
         if not whole:
             _mismatch(f"{path}/index.json", "not readable", "what DocumentIndex.build writes")
@@ -157,13 +171,17 @@ class DocumentIndex:
                 _mismatch(f"{path}/{name}", "missing", "as it was written")
             if (checksum := sha256(path / name)) != wanted:
                 _mismatch(f"{path}/{name}: truncated or changed, sha256", checksum[:12], wanted[:12])
-        documents = datasets.load_from_disk(path / "documents")
-        if len(documents) != info["num_documents"]:
-            _mismatch(f"{path}/documents: number of rows", len(documents), info["num_documents"])
-        vectors = faiss.read_index(str(path / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
-        if info["search_parameters"]:
-            faiss.ParameterSpace().set_index_parameters(vectors, info["search_parameters"])
-        return cls(documents, vectors, info)
+        try:
+            vectors = faiss.read_index(str(path / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
+        except RuntimeError as error:
+            raise IndexMismatchError(
+                f"{path}/index.faiss is no index of float vectors that this FAISS reads{_reason(error)}; build it again."
+            ) from error
+        try:
+            _set_search_parameters(vectors, info["search_parameters"])
+        except ValueError as error:
+            raise IndexMismatchError(f"{path}/index.json: {error}") from error
+        return cls(datasets.load_from_disk(path / "documents"), vectors, info)
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest documents of every query.
@@ -173,17 +191,20 @@ class DocumentIndex:
             k: documents a query; more than the index holds gives all of them.
 
         Returns:
-            `scores`, float32, descending, and `rows` of `documents`, int64, both `(num_queries, min(k, len(self)))`. An
-            approximate index may find fewer; the rows behind them are -1.
+            `scores` (cosine similarities), float32, descending, and `rows` of `documents`, int64, both
+            `(num_queries, min(k, len(self)))`. An approximate index may find fewer: the rest has row -1, score -inf.
 
         Raises:
             ValueError: k below 1, another shape, or a vector that is zero or not finite.
         """
         vectors = check_query_vectors(vectors, k, self.info)
+        k = min(k, len(self))
         if len(vectors) == 0:
-            empty = (0, min(k, len(self)))
-            return np.empty(empty, dtype=np.float32), np.empty(empty, dtype=np.int64)
-        return self.vectors.search(vectors, min(k, len(self)))
+            return np.empty((0, k), dtype=np.float32), np.empty((0, k), dtype=np.int64)
+        scores, rows = self.vectors.search(vectors, k)
+        if self.vectors.metric_type == faiss.METRIC_L2:  # squared distances: some kinds know no other metric
+            scores = (np.square(vectors).sum(1, keepdims=True) + 1 - scores) / 2
+        return np.where(rows < 0, np.float32(-np.inf), scores), rows
 
     def check_model(self, config: Any) -> None:
         """Raises `IndexMismatchError` unless a model with this `NativeRetrievalConfig` may search this index."""
@@ -198,21 +219,17 @@ def _write(
     teacher_fingerprint: str,
     teacher_name: str,
 ) -> None:
+    """Writes the files of an index, loads them and searches."""
+    kind = default_kind(len(documents)) if kind is None else kind
+    if isinstance(kind, str) or len(kind) != 2 or not all(isinstance(part, str) for part in kind):
+        raise ValueError(f"kind is {kind!r}, wanted FAISS's factory string and search parameters; {ADVICE}.")
+    factory, search_parameters = kind
+    index = _build_faiss(vectors, factory, search_parameters)
     documents.save_to_disk(folder / "documents")
-    factory, search_parameters = kind or default_kind(len(documents))
-    try:
-        index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise ValueError(f"FAISS knows no index of kind {factory!r}; give one such as {APPROXIMATE[0]!r}") from error
-    if "HNSW" in factory:  # FAISS's 40 leaves a few vectors that no search reaches
-        faiss.ParameterSpace().set_index_parameter(index, "efConstruction", 80)
-    if not index.is_trained:
-        index.train(vectors)
-    index.add(vectors)
     try:
         faiss.write_index(index, str(folder / "index.faiss"))
-    except RuntimeError as error:  # a full disk, among others; it spells out the line of C++ too
-        raise OSError(f"{folder}/index.faiss could not be written ({' '.join(str(error).split())})") from error
+    except RuntimeError as error:  # a full disk, among others
+        raise OSError(f"{folder}/index.faiss could not be written{_reason(error)}; free some space.") from error
     del index
     info = {
         "format_version": FORMAT_VERSION,
@@ -228,6 +245,60 @@ def _write(
         },
     }
     (folder / "index.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    try:
+        scores, rows = DocumentIndex.load(folder).search(vectors[:3], 1)
+    except (RuntimeError, IndexMismatchError) as error:
+        raise _refused(factory, vectors, _reason(error.__cause__ or error)) from error
+    if (rows < 0).any() or not np.isfinite(scores).all():
+        raise _refused(factory, vectors, " that finds its own vectors")
+
+
+def _build_faiss(vectors: np.ndarray, factory: str, search_parameters: str) -> faiss.Index:
+    if re.search(r"(?<!\d)0+(?!\d)|(HNSW|NSG)1(?!\d)", factory):  # FAISS would end the whole process
+        raise ValueError(f"FAISS's factory string {factory!r} holds a size that is too small; {ADVICE}.")
+    try:
+        index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        _set_search_parameters(index, search_parameters)  # a mistake shows before the training
+        if "HNSW" in factory and "IVF" not in factory:  # with FAISS's default of 40, no search reaches a few vectors
+            faiss.ParameterSpace().set_index_parameter(index, "efConstruction", 80)
+        if not index.is_trained:
+            index.train(vectors)
+        index.add(vectors)
+    except (RuntimeError, MemoryError) as error:
+        raise _refused(factory, vectors, _reason(error)) from error
+    return index
+
+
+def _refused(factory: str, vectors: np.ndarray, reason: str) -> ValueError:
+    count, dimension = vectors.shape
+    return ValueError(
+        f"FAISS makes no index of kind {factory!r} from {count} vectors of {dimension} dimensions{reason}; {ADVICE}."
+    )
+
+
+def _set_search_parameters(index: faiss.Index, parameters: str) -> None:
+    """Sets FAISS's search parameters, such as `"nprobe=8"`; raises `ValueError` for one that the index does not have."""
+    for parameter in filter(None, parameters.split(",")):
+        name, _, value = parameter.partition("=")
+        try:
+            if not 1 <= float(value) < 1 << 31:  # with efSearch=0, FAISS finds a single document
+                raise ValueError
+            faiss.ParameterSpace().set_index_parameter(index, name.strip(), float(value))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"FAISS's search parameter {parameter.strip()!r} does not fit the index, of type "
+                f"{type(faiss.downcast_index(index)).__name__}; give name=value with a number of at least 1, such as "
+                "'efSearch=128' for HNSW or 'nprobe=8' for IVF."
+            ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """FAISS's words in brackets, without its C++."""
+    text = " ".join(str(error).split())
+    if too_few := re.search(r"training points \(\d+\).* clusters \((\d+)\)", text):
+        return f" (its training needs at least {too_few[1]} vectors)"
+    text = re.sub(r"^.*\.(cpp|h):\d+: (Error: '.*' failed:? ?)?", "", text)
+    return f" ({text})" if text and "::" not in text else ""
 
 
 def check_model(info: dict[str, Any], config: Any) -> None:
@@ -243,7 +314,7 @@ def check_model(info: dict[str, Any], config: Any) -> None:
 
 
 def check_teacher(index_fingerprint: str, index_teacher: str, model_fingerprint: str, model_teacher: str) -> None:
-    """Raises `IndexMismatchError`, naming both teachers, if index and model learned from different ones."""
+    """Raises `IndexMismatchError`, naming both teachers, if those of index and model differ."""
     if not (model_fingerprint and same_teacher(index_fingerprint, model_fingerprint)):
         raise IndexMismatchError(
             f"The index holds vectors of teacher {index_teacher!r} (fingerprint {index_fingerprint}), but the model "
@@ -268,14 +339,15 @@ def _check_target(target: Path, overwrite: bool) -> None:
         )
     if others := sorted({path.name for path in target.iterdir()}.difference(PARTS)):
         raise FileExistsError(
-            f"{target} holds {others[0]!r} beside an index, which overwrite=True would remove too; move it, or pass another directory."
+            f"{target} holds {others[0]!r} beside an index, which overwrite=True would remove too; "
+            "move it, or pass another directory."
         )
 
 
 def check_query_vectors(vectors: np.ndarray, k: int, info: dict[str, Any]) -> np.ndarray:
     """The vectors as a float32 array; raises `ValueError` if they, or k, cannot be searched with in this index."""
-    if k < 1:
-        raise ValueError(f"k is {k}, wanted at least 1; ask for the number of documents that you want back.")
+    if not isinstance(k, int | np.integer) or k < 1:
+        raise ValueError(f"k is {k!r}, wanted at least 1; ask for the number of documents that you want back.")
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     if vectors.ndim != 2 or vectors.shape[1] != info["dimension"]:
         raise ValueError(
@@ -315,7 +387,7 @@ def check_documents(documents: datasets.Dataset, vectors: np.ndarray) -> None:
                 "drop the duplicate or give it an id of its own."
             )
         seen.add(doc_id)
-    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))  # np.linalg.norm would make two copies of them all
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))  # np.linalg.norm would copy them all, twice
     bad = np.flatnonzero(~(np.abs(norms - 1.0) <= NORM_TOLERANCE))
     if bad.size:
         row = int(bad[0])

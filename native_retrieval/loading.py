@@ -11,7 +11,8 @@ from huggingface_hub import snapshot_download
 from configuration_native_retrieval import NativeRetrievalConfig
 from modeling_native_retrieval import NativeRetrievalModel
 
-from .files import is_damaged
+from .cache import is_damaged
+from .names import check_model_name
 
 LOCAL = "_local.json"  # where backbone and teacher are on this machine; files that start with `_` are never pushed
 
@@ -23,10 +24,7 @@ def model_folder(name_or_path: str | os.PathLike) -> Path:
     Raises:
         `ValueError`: in one line, if there is none, it is one of another kind, or its weights are not as they were saved.
     """
-    if not Path(name_or_path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
-        raise ValueError(
-            f"model {name_or_path} is no folder, and no Hub id (owner/name); name a folder that train.py wrote"
-        )
+    check_model_name(str(name_or_path))
     try:
         folder = Path(name_or_path if Path(name_or_path).is_dir() else snapshot_download(str(name_or_path)))
         config, _ = NativeRetrievalConfig.get_config_dict(str(folder))
@@ -46,9 +44,9 @@ def model_folder(name_or_path: str | os.PathLike) -> Path:
     return folder
 
 
-def load_model(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
+def load_model(name_or_path: str | os.PathLike, **kwargs) -> NativeRetrievalModel:
     """
-    A model that train.py wrote, in eval mode, on the GPU if there is one.
+    A model that train.py wrote, in eval mode, on the GPU if there is one. `kwargs` are those of `from_pretrained`.
 
     Raises:
         `ValueError`: in one line, if there is none, it cannot be read, its weights are not as they were saved, or it does
@@ -57,10 +55,10 @@ def load_model(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
     folder = model_folder(name_or_path)
     options = {} if not float32_is_faster() else {"dtype": torch.float32}
     backbone = local_paths(folder).get("backbone")
-    if backbone and os.path.isdir(backbone) and not (folder / "backbone").is_dir():
+    if backbone and not (folder / "backbone").is_dir():
         options["backbone"] = backbone
     try:
-        model = NativeRetrievalModel.from_pretrained(str(folder), **options)
+        model = NativeRetrievalModel.from_pretrained(str(folder), **(options | kwargs))
     except Exception as error:  # of a damaged file, each library raises whatever its authors chose
         raise _not_loaded(name_or_path, error) from error
     if not model.config.teacher_fingerprint or not model.config.teacher_name_or_path:
@@ -81,9 +79,10 @@ def load_head(name_or_path: str | os.PathLike) -> NativeRetrievalModel:
 
 
 def local_paths(folder: str | os.PathLike) -> dict[str, str]:
-    """Where `backbone` and `teacher` of a model in this folder were when it was trained, if that was on this machine."""
+    """The folders of `backbone` and `teacher` that a model was trained with, as far as they are on this machine."""
     path = Path(folder, LOCAL)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    paths = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: path for name, path in paths.items() if os.path.isdir(path)}
 
 
 def float32_is_faster() -> bool:

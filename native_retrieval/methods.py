@@ -5,18 +5,16 @@
     prefill ── head ──────────────────────────────────────▶ vector ─┘
     text of the conversation ── BM25 ─────────────────────────────────▶ {query: {document: score}}
 
-Quality is computed in batches sorted by length. Time is taken apart from it, one query at a time, as an agent would
-have it: the clock runs from the finished prefill, which the agent pays for in any case, to the query vector. Search in
-the index is the same work for every vector, and is in none of the numbers. BM25 has no vector: its number is the
-scoring of all documents, and so holds its search.
+Quality is computed in batches of prompts of similar length. Latency is measured separately, one query at a time, as in an
+agent. It runs from the end of the prefill, which the agent needs in any case, to the query vector. The search in the index
+is the same for every vector and is not included. BM25 has no vector: its latency is the scoring of all documents.
 """
 
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -27,45 +25,52 @@ from .conversations import Messages, full_history, last_question, turns
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from modeling_native_retrieval import NativeRetrievalModel, Prefill
+    from modeling_native_retrieval import NativeRetrievalModel, QueryCache
 
     from .index import DocumentIndex
     from .metrics import Run
     from .teacher import Teacher
 
-DEPTH = 1000  # documents that a run keeps of each query
-WARM_UP = 2  # queries that are run, and not counted, before the clock is read
+DEPTH = 1000  # documents of each query that a run keeps
+WARM_UP = 2  # queries that run before the clock is read
 QUOTES = "\"'`“”‘’«»"
 
 
-# The methods. `query(i, prefill)` is what the clock measures: the work for query i, after the prefill if it reads one.
-
-
 class Method:
-    """What all have: whether the prompt is read, whether a query is written, and where the rest is shared."""
+    """One way from the queries of a comparison to documents. `query(i, cache)` is the work that the clock measures."""
 
-    reads_prompt = False
-    writes_query = False
+    reads_prompt = False  # whether `query` takes the prefill of query i's prompt
 
     def __init__(self, name: str, comparison: "Comparison"):
         self.name, self.comparison = name, comparison
 
+    def run(self) -> "Run":
+        """`{query_id: {doc_id: score}}` for all queries."""
+        return self.comparison.search(self.vectors())
+
+    def vectors(self) -> np.ndarray:
+        """The query vectors, float32 `(queries, dim)`."""
+        raise NotImplementedError
+
+    def query(self, i: int, cache: "QueryCache | None" = None) -> np.ndarray:
+        """The vector of query i; of BM25, its scores of all documents."""
+        raise NotImplementedError
+
 
 class TeacherOnText(Method):
-    """The teacher encodes a text that is there already; choosing it is not timed."""
+    """The teacher encodes a text that exists before the query; choosing the text is not timed."""
 
     texts: list[str]
 
-    def run(self) -> "Run":
-        vectors = self.comparison.teacher.cached(self.texts, "query", f"{self.name}: the teacher encodes")
-        return self.comparison.search(vectors)
+    def vectors(self) -> np.ndarray:
+        return self.comparison.teacher.cached(self.texts, "query", f"{self.name}: the teacher encodes")
 
-    def query(self, i: int, prefill: None = None) -> np.ndarray:
+    def query(self, i: int, cache: None = None) -> np.ndarray:
         return self.comparison.teacher.encode([self.texts[i]])[0]
 
 
 class HumanRewrite(TeacherOnText):
-    """The upper line: the teacher on a question that a human wrote so that it stands alone."""
+    """The upper bound: the teacher on a stand-alone question that a human wrote."""
 
     @cached_property
     def texts(self) -> list[str]:
@@ -73,7 +78,7 @@ class HumanRewrite(TeacherOnText):
 
 
 class LastQuestion(TeacherOnText):
-    """The teacher on the last user message alone."""
+    """The teacher on the last user message."""
 
     @cached_property
     def texts(self) -> list[str]:
@@ -96,14 +101,13 @@ class GenerateThenEncode(TeacherOnText):
     """Two models: the backbone writes a query after the prefill, token by token, and the teacher encodes it."""
 
     reads_prompt = True
-    writes_query = True
 
     @cached_property
     def texts(self) -> list[str]:
         return [self.text(i, written) for i, written in enumerate(self.comparison.written.queries)]
 
-    def query(self, i: int, prefill: "Prefill") -> np.ndarray:
-        _, written = self.comparison.model.write_queries(prefill)
+    def query(self, i: int, cache: "QueryCache") -> np.ndarray:
+        _, written = self.comparison.model.write_queries(cache)
         return self.comparison.teacher.encode([self.text(i, self.comparison.read_query(i, written[0]))])[0]
 
     def text(self, i: int, written: str) -> str:
@@ -111,7 +115,7 @@ class GenerateThenEncode(TeacherOnText):
 
 
 class GenerateThenEncodeWithQuestion(GenerateThenEncode):
-    """The same, and the last question behind the written query, so that no word of it is lost."""
+    """The same, with the last question appended to the written query."""
 
     def text(self, i: int, written: str) -> str:
         return f"{written} {self.comparison.last_questions[i]}"
@@ -124,16 +128,15 @@ class BM25(Method):
 
     def run(self) -> "Run":
         ids, run = self.comparison.index.ids, {}
-        self.comparison.bm25  # noqa: B018, built now, so that its progress bar is not inside the next
+        self.comparison.bm25  # noqa: B018, built here, so that its progress bar is not inside the next
         for i, query_id in enumerate(tqdm(self.comparison.query_ids, desc=f"{self.name}: scoring", unit="query")):
             scores = self.query(i)
-            # A document that shares no word with the query has a score of 0, and was not found.
+            # A document that shares no word with the query has a score of 0 and was not found.
             best = [row for row in np.argsort(-scores, kind="stable")[:DEPTH].tolist() if scores[row] > 0]
             run[query_id] = {ids[row]: float(scores[row]) for row in best}
         return run
 
-    def query(self, i: int, prefill: None = None) -> np.ndarray:
-        """The scores of all documents."""
+    def query(self, i: int, cache: None = None) -> np.ndarray:
         words = self.comparison.words([self.texts[i]])[0]
         if not words:  # stop words only
             return np.zeros(len(self.comparison.index), dtype=np.float32)
@@ -141,7 +144,7 @@ class BM25(Method):
 
 
 class BM25LastQuestion(BM25):
-    """BM25 on the last user message alone."""
+    """BM25 on the last user message."""
 
     @cached_property
     def texts(self) -> list[str]:
@@ -149,7 +152,7 @@ class BM25LastQuestion(BM25):
 
 
 class BM25FullHistory(BM25):
-    """BM25 on all turns: it has no context that could be too short."""
+    """BM25 on all turns; it has no context length."""
 
     @cached_property
     def texts(self) -> list[str]:
@@ -157,43 +160,32 @@ class BM25FullHistory(BM25):
 
 
 class NativeGenerated(Method):
-    """One model, the paper's way: the head reads the hidden states of the query that the backbone writes."""
+    """One model, as in the paper: the head reads the hidden states of the query that the backbone writes."""
 
     reads_prompt = True
-    writes_query = True
     mode = "generated"
 
     def vectors(self) -> np.ndarray:
         return self.comparison.written.vectors
 
-    def run(self) -> "Run":
-        return self.comparison.search(self.vectors())
-
-    def query(self, i: int, prefill: "Prefill") -> np.ndarray:
-        return self.comparison.model.embed_prefilled(prefill, self.mode).query_embeddings[0].float().cpu().numpy()
+    def query(self, i: int, cache: "QueryCache") -> np.ndarray:
+        return self.comparison.model.embed_prefilled(cache, self.mode).query_embeddings[0].float().cpu().numpy()
 
 
 class NativeContext(NativeGenerated):
-    """One model, and no query is written: the head reads the prompt's last tokens, which the prefill left behind."""
+    """One model, no query is written: the head reads the hidden states of the prompt, which the prefill computed."""
 
-    writes_query = False
     mode = "context"
 
     def vectors(self) -> np.ndarray:
-        """Those that a caller of `embed_query` gets (to the last bit, with as many prompts in a batch)."""
-        prompts, batches = self.comparison.prompts, self.comparison.batches()
-        vectors = np.empty((len(prompts), self.comparison.model.config.embedding_dim), np.float32)
+        """Equal to those of `embed_query`, to the last bit, with the same prompts in a batch."""
+        model, prompts = self.comparison.model, self.comparison.prompts
+        vectors = np.empty((len(prompts), model.config.embedding_dim), np.float32)
         with tqdm(total=len(prompts), desc=f"{self.name}: the backbone reads", unit="query") as bar:
-            for rows in batches:
-                vectors[rows] = self.comparison.model.embed_prompts([prompts[i] for i in rows], mode=self.mode).numpy()
+            for rows in self.comparison.batches():
+                vectors[rows] = model.embed_prompts([prompts[i] for i in rows], mode=self.mode).numpy()
                 bar.update(len(rows))
         return vectors
-
-
-class NativeProbe(NativeContext):
-    """One model, and no query is written: learned tokens pass through the backbone behind the prompt."""
-
-    mode = "probe"
 
 
 METHOD_CLASSES = {
@@ -206,42 +198,37 @@ METHOD_CLASSES = {
     "bm25-full-history": BM25FullHistory,
     "native-generated": NativeGenerated,
     "native-context": NativeContext,
-    "native-probe": NativeProbe,
 }
 METHODS = tuple(METHOD_CLASSES)
 
 
-# The comparison
-
-
-@dataclass(frozen=True)
-class Written:
-    """What the backbone wrote after each prompt, and the vectors that the head reads from that."""
+class Written(NamedTuple):
+    """The queries that the backbone wrote, and the vectors that the head reads from them."""
 
     queries: list[str]
     vectors: np.ndarray  # float32 (queries, embedding_dim)
 
 
 def read_query(tokenizer, tokens: list[int], last_question: str) -> str:
-    """The text of a written query, without quotes around it; of an empty one, the last question."""
+    """The text of a written query without quotes around it; the last question if the query is empty."""
     return tokenizer.decode(tokens, skip_special_tokens=True).strip(string.whitespace + QUOTES) or last_question
 
 
 class Comparison:
     """
-    Methods over the same queries and the same index. Whatever several methods need is computed once: one written query
-    serves generate-then-encode, its variant with the question, and native-generated.
+    Methods over the same queries and the same index. What several methods need is computed once: one written query serves
+    generate-then-encode, its variant with the question, and native-generated.
 
     Args:
         model (`NativeRetrievalModel`): in eval mode, on its device.
         teacher (`Teacher`): the index's.
         index (`DocumentIndex`): the documents.
         queries (`Dataset`): columns `_id`, `messages`, `rewrite`, as `data.load_task` gives them.
-        methods: names, of `METHODS`.
-        batch_size: prompts after which the backbone writes at once.
+        methods: names from `METHODS`.
+        batch_size: prompts in one batch of the backbone.
 
     Raises:
-        `ValueError`: for a conversation that no prompt can be made of, naming the query.
+        `ValueError`: for a conversation that cannot become a prompt, naming the query.
     """
 
     def __init__(
@@ -262,16 +249,15 @@ class Comparison:
         self.methods = {name: METHOD_CLASSES[name](name, self) for name in methods}
 
     def runs(self) -> dict[str, "Run"]:
-        """`{method: {query_id: {doc_id: score}}}`, the best 1,000 documents of each query."""
+        """`{method: {query_id: {doc_id: score}}}`, with the best 1,000 documents of each query."""
         return {name: method.run() for name, method in self.methods.items()}
 
     def latencies(self, num_queries: int = 30) -> dict[str, list[float] | None]:
         """
-        Milliseconds of each method on `num_queries` queries, evenly spaced over the split, one at a time; `None` when
-        there are to be none.
+        Milliseconds of each method on `num_queries` queries, evenly spaced over the split, one at a time; `None` for 0.
 
-        The methods take turns query by query, so that whatever slows the machine down slows all of them. A method that
-        reads the prompt gets a prefill of its own, outside the clock.
+        The methods take turns query by query, so that a slow moment of the machine meets all of them. A method that reads
+        the prompt gets its own prefill, outside the clock.
         """
         if num_queries == 0:
             return dict.fromkeys(self.methods)
@@ -281,9 +267,9 @@ class Comparison:
         rounds = [(i, False) for i in sample[:WARM_UP]] + [(i, True) for i in sample]
         for i, counts in tqdm(rounds, desc="Latency: one query at a time", unit="query"):
             for name, method in self.methods.items():
-                prefill = self.prefill(i) if method.reads_prompt else None
+                cache = self.prefill(i) if method.reads_prompt else None
                 begin = perf_counter()
-                method.query(i, prefill)  # ends on the CPU, and so waits for whatever a GPU has still to do
+                method.query(i, cache)  # ends on the CPU, and so waits for the GPU
                 elapsed = perf_counter() - begin
                 if counts:
                     times[name].append(1000 * elapsed)
@@ -291,21 +277,23 @@ class Comparison:
 
     def _build_prompts(self) -> list[list[int]]:
         prompts = []
-        for query_id, messages in zip(self.query_ids, self.messages, strict=True):
+        no_tools = [None] * len(self.queries)
+        tools = self.queries["tools"] if "tools" in self.queries.column_names else no_tools
+        for query_id, messages, its_tools in zip(self.query_ids, self.messages, tools, strict=True):
             try:
-                prompts.append(self.model.build_prompt(messages))
+                prompts.append(self.model.processor.encode(messages, tools=its_tools or None))
             except ValueError as error:
                 raise ValueError(f"query {query_id!r}: {error}") from error
         return prompts
 
-    def prefill(self, i: int) -> "Prefill":
-        """The finished prefill of one query's prompt."""
-        prefill = self.model.prefill(*self.model.pad([self.prompts[i]]))
-        prefill.hidden_states[0, -1, 0, 0].item()  # waits for the GPU
-        return prefill
+    def prefill(self, i: int) -> "QueryCache":
+        """The finished prefill of the prompt of query i."""
+        cache = self.model.prefill(*self.model.processor.pad([self.prompts[i]]))
+        cache.hidden_states[0, -1, 0, 0].item()  # waits for the GPU
+        return cache
 
     def batches(self) -> list[list[int]]:
-        """The queries in batches of prompts of like length."""
+        """The queries in batches of prompts of similar length."""
         order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
         return [order[begin : begin + self.batch_size] for begin in range(0, len(order), self.batch_size)]
 
@@ -315,8 +303,8 @@ class Comparison:
         queries = [""] * len(self.prompts)
         with tqdm(total=len(self.prompts), desc="The backbone writes queries", unit="query") as bar:
             for rows in self.batches():
-                prefill = self.model.prefill(*self.model.pad([self.prompts[i] for i in rows]))
-                output = self.model.embed_prefilled(prefill, "generated")
+                cache = self.model.prefill(*self.model.processor.pad([self.prompts[i] for i in rows]))
+                output = self.model.embed_prefilled(cache, "generated")
                 vectors[rows] = output.query_embeddings.float().cpu().numpy()
                 for i, tokens in zip(rows, output.query_ids, strict=True):
                     queries[i] = self.read_query(i, tokens)
@@ -355,7 +343,7 @@ class Comparison:
         return Stemmer.Stemmer("english")
 
     def words(self, texts: list[str]) -> list[list[str]]:
-        """The stems of each text's words, stop words left out."""
+        """The stems of each text's words, without stop words."""
         import bm25s
 
         return bm25s.tokenize(texts, stopwords="en", stemmer=self.stemmer, return_ids=False, show_progress=False)

@@ -46,13 +46,13 @@ def _check(run: Run, qrels: Qrels, query_ids: Sequence[str]) -> None:
                 )
 
 
-def per_query(run: Run, qrels: Qrels, query_ids: Sequence[str]) -> dict[str, list[float]]:
+def per_query(run: Run, qrels: Qrels, query_ids: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Recall@10, MRR@10 and nDCG@10 of every query.
 
     Args:
         run: scores of the retrieved documents; a query that is missing or empty here counts as 0.
         qrels: judgements; queries outside `query_ids` are ignored.
-        query_ids: the queries, each once; fixes the order of the result.
+        query_ids: the queries, each once, which fix the order of the result; by default those of `qrels`.
 
     Returns:
         `{"recall@10": [...], "mrr@10": [...], "ndcg@10": [...]}`, each list aligned to `query_ids`.
@@ -60,11 +60,12 @@ def per_query(run: Run, qrels: Qrels, query_ids: Sequence[str]) -> dict[str, lis
     Raises:
         ValueError: a query without a relevant document, a repeated query id, or a score that is nan.
     """
+    query_ids = list(qrels) if query_ids is None else query_ids
     _check(run, qrels, query_ids)
     if not query_ids:
         return {name: [] for name in MEASURES}
     ordered = {
-        query_id: {doc_id: -float(place) for place, doc_id in enumerate(ranking(run[query_id]))}
+        query_id: {doc_id: -float(position) for position, doc_id in enumerate(ranking(run[query_id]))}
         for query_id in query_ids
         if run.get(query_id)
     }
@@ -77,15 +78,15 @@ def per_query(run: Run, qrels: Qrels, query_ids: Sequence[str]) -> dict[str, lis
 
 
 def ranks(run: Run, qrels: Qrels, query_ids: Sequence[str], cutoff: int = 1000) -> list[int | None]:
-    """1-based rank of the best-placed relevant document of every query, `None` past `cutoff`.
+    """1-based rank of the best-ranked relevant document of every query, `None` past `cutoff`.
 
     Takes the arguments of `per_query`, raises what it raises, and breaks ties in the same way.
     """
     _check(run, qrels, query_ids)
     result: list[int | None] = []
     for query_id in query_ids:
-        places = enumerate(ranking(run.get(query_id, {}))[:cutoff], start=1)
-        result.append(next((place for place, doc_id in places if qrels[query_id].get(doc_id, 0) >= 1), None))
+        ranked = enumerate(ranking(run.get(query_id, {}))[:cutoff], start=1)
+        result.append(next((position for position, doc_id in ranked if qrels[query_id].get(doc_id, 0) >= 1), None))
     return result
 
 
@@ -149,11 +150,18 @@ def wins_ties_losses(a: Sequence[float], b: Sequence[float]) -> dict[str, int]:
 
 
 class RetrievalMetrics(evaluate.Metric):
-    """Mean recall@10, mrr@10 and ndcg@10 as an `evaluate.Metric`, one row a query; constructed directly, offline.
+    """Recall@10, MRR@10 and nDCG@10 as an `evaluate.Metric`. The Trainer's dev metrics and eval.py both come from here.
+
+    It is constructed directly and downloads nothing. Grades are used as they are: nDCG gains are the relevances.
 
     Example:
 
         >>> metric = RetrievalMetrics()
+        >>> metric.compute(run={"q1": {"d1": 0.9, "d2": 0.3}}, qrels={"q1": {"d2": 1}})["mrr@10"]
+        0.5
+
+    Predictions can also be added in batches, one row a query, as to any other metric of `evaluate`:
+
         >>> metric.add_batch(
         ...     predictions=[{"doc_ids": ["d1", "d2"], "scores": [0.9, 0.3]}],
         ...     references=[{"doc_ids": ["d2"], "relevances": [1]}],
@@ -179,14 +187,31 @@ class RetrievalMetrics(evaluate.Metric):
             ),
         )
 
+    def compute(self, *, run: Run | None = None, qrels: Qrels | None = None, **rows) -> dict[str, float]:
+        """Means over the queries of `qrels`; a query that is not in `run` counts as 0. See `per_query` for each value.
+
+        Args:
+            run: `{query_id: {doc_id: score}}`.
+            qrels: `{query_id: {doc_id: relevance}}`.
+
+        Raises:
+            ValueError: only one of the two is given, there is no query, and what `per_query` raises.
+        """
+        if run is None and qrels is None:
+            return super().compute(**rows)
+        if run is None or qrels is None or rows:
+            raise ValueError("compute takes run and qrels together, and nothing else with them; pass both.")
+        return _means(per_query(run, qrels))
+
     def _compute(self, predictions: list[dict], references: list[dict]) -> dict[str, float]:
-        query_ids = [str(row) for row in range(len(predictions))]
-        run = {
-            query_id: dict(zip(row["doc_ids"], row["scores"], strict=True))
-            for query_id, row in zip(query_ids, predictions, strict=True)
-        }
-        qrels = {
-            query_id: dict(zip(row["doc_ids"], row["relevances"], strict=True))
-            for query_id, row in zip(query_ids, references, strict=True)
-        }
-        return {name: float(np.mean(values)) for name, values in per_query(run, qrels, query_ids).items()}
+        run, qrels = {}, {}
+        for row, (found, judged) in enumerate(zip(predictions, references, strict=True)):
+            run[str(row)] = dict(zip(found["doc_ids"], found["scores"], strict=True))
+            qrels[str(row)] = dict(zip(judged["doc_ids"], judged["relevances"], strict=True))
+        return _means(per_query(run, qrels))
+
+
+def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    if not all(values.values()):
+        raise ValueError("There are 0 queries to average over, wanted at least 1; pass the qrels of a split.")
+    return {name: float(np.mean(column)) for name, column in values.items()}

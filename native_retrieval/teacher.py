@@ -20,9 +20,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
-from modeling_native_retrieval import processor_has_bfloat16
-
-from .shards import Advance, cached_rows, slices
+from .cache import Advance, cached_rows, slices
+from .loading import float32_is_faster
 
 # Fixed for ever: a teacher is recognised by its vectors of these.
 FINGERPRINT_SENTENCES = (
@@ -233,7 +232,7 @@ def teacher_of(config, name_or_path: str | None = None, **settings) -> Teacher:
 def _computes_in_bfloat16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
-    return device == "cpu" and processor_has_bfloat16()
+    return device == "cpu" and not float32_is_faster()
 
 
 def document_texts(corpus: Dataset | Mapping[str, Sequence[str]]) -> list[str]:

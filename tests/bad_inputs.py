@@ -78,14 +78,6 @@ def command(module: str, words: str, main: str = "main") -> Callable[[World], in
     return lambda world: getattr(importlib.import_module(module), main)(shlex.split(words))
 
 
-def demo(words: str) -> Callable[[World], int]:
-    def call(world: World) -> int:
-        with mock.patch("native_retrieval.demo.Demo.run"):  # ten minutes, if the words were right
-            return command("native_retrieval.demo", words)(world)
-
-    return call
-
-
 def script(path: str, words: str) -> Callable[[World], None]:
     def call(world: World) -> None:
         with mock.patch.object(sys, "argv", [path, *shlex.split(words)]):
@@ -244,7 +236,7 @@ def recipe(input: str, text: str | bytes, *says: str) -> Row:
 
 
 def evaluate(words: str, *says: str, **more: Any) -> Row:
-    return Row("eval.py", words, command("eval", f"{EVAL} {words}"), says, **more)
+    return Row("eval.py", words, script("eval.py", f"{EVAL} {words}"), says, **more)
 
 
 def module(name: str, words: str, *says: str, **more: Any) -> Row:
@@ -368,7 +360,7 @@ ROWS = [
     evaluate("--index bad", "bad/index.faiss: truncated or changed", "build it again", copy="index", files={"bad/index.faiss": b"x"}),
     evaluate("--output out.txt", "'out.txt'", "ends in .json"),
     evaluate("--figures notes.txt", "notes.txt is a file", "name another place", files={"notes.txt": "a"}),
-    Row("eval.py", "no model", command("eval", "--data data --output out.json"), ("--model", "required")),
+    Row("eval.py", "no model", script("eval.py", "--data data --output out.json"), ("--model", "required")),
     # The other commands
     module("export", "model", "output", "required", "--help"),
     module("export", "nowhere exported", "nowhere", "is no directory"),
@@ -381,7 +373,10 @@ ROWS = [
     module("card", "model notes.json", "notes.json has no field 'dataset'", "eval.py", files={"notes.json": "{}"}),
     module("card", "bad", "bad/training.json is no JSON file", "make it again", copy="model", files={"bad/training.json": "{"}),
     module("card", "", "model", "required", "--help"),
-    Row("python -m native_retrieval.demo", "--smok", demo("--smok"), ("--smok", "--help lists all")),
+    module("assets", "", "COMMAND", "required", "--help"),
+    module("assets", "documents out --folder nowhere", "nowhere/wikipedia/corpus.jsonl", "fetch"),
+    module("build_index", "--corpus nowhere --teacher teacher --output out", "nowhere", "no such folder"),
+    module("build_index", "--corpus data --teacher teacher --output model", "model exists", "name another"),
     module("synthesis", "--corpus nowhere --output new", "nowhere", "expected a .jsonl"),
     module("synthesis", "--corpus data", "--output", "required"),
     module("synthesis", "--corpus data --output model", "model exists", "choose another"),
@@ -391,10 +386,10 @@ ROWS = [
     module("synthesis", "--corpus bad --output new", "corpus.jsonl:1", "not UTF-8", files={"bad/corpus.jsonl": b"\xff"}),
     module("synthesis", "--corpus data --output new --llm nowhere", "--llm nowhere cannot be loaded"),
     module("synthesis", "--corpus data --output new --sede 3", "'--sede'", "--help"),
-    module("report", "", "pages", "required", "--help"),
-    module("report", "nowhere.md", "nowhere.md"),
-    module("report", "page.md", "notes.json is no JSON file", "make it again", files={"page.md": "<!-- table: notes.json --><!-- end -->", "notes.json": "{"}),
-    module("report", "page.md", "notes.json has no field 'rows'", files={"page.md": "<!-- rows: notes.json a --><!-- end -->", "notes.json": "{}"}),
+    module("results", "", "pages", "required", "--help"),
+    module("results", "nowhere.md", "nowhere.md"),
+    module("results", "page.md", "notes.json is no JSON file", "make it again", files={"page.md": "<!-- table: notes.json --><!-- end -->", "notes.json": "{"}),
+    module("results", "page.md", "notes.json has no field 'rows'", files={"page.md": "<!-- rows: notes.json a --><!-- end -->", "notes.json": "{}"}),
     module("attributions", "--model model --data data --ids q99 --output words.png", "'q99' is not in data", "queries.jsonl"),
     module("attributions", "--model backbone --data data --output words.png", "'llama'", "that train.py wrote"),
     run("examples/quickstart.py", "nowhere index", "quickstart.py", "nowhere", "is no directory"),
@@ -548,7 +543,7 @@ def main() -> int:
         print("bad_inputs: the tests fail, and nothing was written", file=sys.stderr)
         return int(code)
 
-    from native_retrieval.report import write_json
+    from native_retrieval.results import write_json
 
     write_json(
         {"command": f"python tests/bad_inputs.py --output {arguments.output}", "rows": seen.rows}, arguments.output

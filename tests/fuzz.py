@@ -31,6 +31,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from native_retrieval import arguments, data  # noqa: E402
+from native_retrieval.conversations import ROLES  # noqa: E402
 
 # Data: whole files, one of which is damaged or replaced
 
@@ -49,7 +50,7 @@ LOADERS: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
 ]
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(data.ROLES),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(ROLES),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=5),
     max_leaves=12,
 )

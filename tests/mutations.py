@@ -51,7 +51,7 @@ TARGETS = "native_retrieval/targets.py"
 MODEL, CONFIG = "modeling_native_retrieval.py", "configuration_native_retrieval.py"
 METRICS, DATA, EXAMPLES = "native_retrieval/metrics.py", "native_retrieval/data.py", "native_retrieval/dataset.py"
 TEACHER, INDEX = "native_retrieval/teacher.py", "native_retrieval/index.py"
-LOADING, SYNTHESIS = "native_retrieval/loading.py", "native_retrieval/synthesis.py"
+LOADING, SYNTHESIS = "native_retrieval/loading.py", "native_retrieval/synthesis/llm.py"
 VLLM = "native_retrieval/integrations/vllm.py"
 
 MUTATIONS = [
@@ -664,7 +664,7 @@ MUTATIONS = [
         "True",
         "index::test_check_teacher",
     ),
-    Mutation("metrics: order of a run", METRICS, "-float(place)", "float(place)", "metrics"),
+    Mutation("metrics: order of a run", METRICS, "-float(position)", "float(position)", "metrics"),
     Mutation(
         "metrics: ties",
         METRICS,
@@ -721,7 +721,7 @@ MUTATIONS = [
     ),
     Mutation(
         "shards: a damaged one is believed",
-        "native_retrieval/shards.py",
+        "native_retrieval/cache.py",
         "if array_file.checksum(shards[i]) != wanted",
         "if False",
         "sharded::test_a_damaged_shard_is_computed_anew",
@@ -810,7 +810,7 @@ def main() -> int:
             path.write_text(whole, encoding="utf-8")
 
     sys.path.insert(0, str(REPOSITORY))
-    from native_retrieval.report import write_json
+    from native_retrieval.results import write_json
 
     write_json(
         {"command": f"python tests/mutations.py --output {arguments.output}", "mutations": rows}, arguments.output

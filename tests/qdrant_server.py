@@ -34,7 +34,8 @@ def describe(engine: QdrantClient, name: str, body: bytes):
 @route("PUT", "")
 def create(engine: QdrantClient, name: str, body: bytes):
     wanted = models.CreateCollection.model_validate_json(body)
-    return engine.create_collection(name, vectors_config=wanted.vectors, metadata=wanted.metadata)
+    sparse = wanted.sparse_vectors
+    return engine.create_collection(name, wanted.vectors, sparse_vectors_config=sparse, metadata=wanted.metadata)
 
 
 @route("PUT", "/points")
@@ -57,7 +58,8 @@ def count(engine: QdrantClient, name: str, body: bytes):
 @route("POST", "/points/scroll")
 def scroll(engine: QdrantClient, name: str, body: bytes):
     wanted = models.ScrollRequest.model_validate_json(body)
-    points, after = engine.scroll(name, limit=wanted.limit, offset=wanted.offset, with_payload=wanted.with_payload)
+    parts = {"with_payload": wanted.with_payload, "with_vectors": wanted.with_vector or False}
+    points, after = engine.scroll(name, limit=wanted.limit, offset=wanted.offset, **parts)
     return {"points": _plain(points), "next_page_offset": after}
 
 

@@ -1,5 +1,6 @@
 """examples/app.py in a real browser, with a tiny model; and the agent behind it."""
 
+import copy
 import gc
 import importlib.util
 import json
@@ -10,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import CONTEXT, PLACES, REPOSITORY
+import torch
+from conftest import CHATML, CONTEXT, PLACES, REPOSITORY
 
 from native_retrieval.agent import Agent, search_results
 from native_retrieval.data import load_corpus
@@ -35,8 +37,6 @@ def parts(make_taught_model, beir_data, tmp_path_factory):
 
 
 def test_an_agents_turn_finds_what_a_fresh_pass_finds_and_says_what_it_would(parts):
-    import torch
-
     model, _, index = parts
     agent, before = Agent(model, index, max_new_tokens=12), []
     for question in ("Who built it?", "And when was the museum opened?", "Where is the castle?"):
@@ -44,12 +44,34 @@ def test_an_agents_turn_finds_what_a_fresh_pass_finds_and_says_what_it_would(par
         messages = [*before, {"role": "user", "content": question}]
         fresh = model.embed_query(messages)[0].numpy()
         assert found.vector == pytest.approx(fresh, abs=1e-5)
-        prompt = torch.tensor([model.build_prompt([*messages, search_results(question, found.documents[:1])])])
+        results = search_results(question, found.documents[:1])
+        prompt = torch.tensor([model.processor.encode([*messages, results])])
         wanted = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
         said = "".join(agent.answer())
-        assert said == model.tokenizer.decode(wanted[0, prompt.shape[1] :], skip_special_tokens=True)
+        assert said == model.processor.tokenizer.decode(wanted[0, prompt.shape[1] :], skip_special_tokens=True)
         before = [*messages, {"role": "assistant", "content": said}]
         assert agent.messages == before
+
+
+def test_an_agents_tools_and_template_arguments_are_in_its_prompts(parts, monkeypatch):
+    model, _, index = parts
+    model = copy.deepcopy(model)
+    model.processor.tokenizer.chat_template = (
+        "{{ style }} {% for tool in tools or [] %}{{ tool['function']['name'] }}{% endfor %}\n" + CHATML
+    )
+    tools = [{"type": "function", "function": {"name": "lighthouses", "parameters": {}}}]
+    template = {"tools": tools, "style": "Brief."}
+    agent, prompts = Agent(model, index, max_new_tokens=3, **template), []
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda ids, **words: (prompts.append(ids[0].tolist()), generate(ids, **words))
+    )
+    found = agent.search("Who built it?")
+    asked = [{"role": "user", "content": "Who built it?"}]
+    assert found.vector == pytest.approx(model.embed_query(asked, **template)[0].numpy(), abs=1e-5)
+    assert found.vector != pytest.approx(model.embed_query(asked)[0].numpy(), abs=1e-5)
+    list(agent.answer())
+    assert prompts == [model.processor.encode([*asked, agent.results], **template)]
 
 
 def test_an_answer_that_nobody_listens_to_stops_and_stays(parts):
@@ -60,7 +82,7 @@ def test_an_answer_that_nobody_listens_to_stops_and_stays(parts):
     first = next(answer)
     answer.close()
     assert agent.messages[-1]["role"] == "assistant" and agent.messages[-1]["content"].startswith(first)
-    assert len(model.tokenizer(agent.messages[-1]["content"])["input_ids"]) < 150
+    assert len(model.processor.tokenizer(agent.messages[-1]["content"])["input_ids"]) < 150
     agent.search("And when?")  # and the conversation goes on
 
 
@@ -75,6 +97,32 @@ def test_an_answer_ends_where_the_models_context_does(parts, monkeypatch):
     monkeypatch.setattr(model, "generate", generate)
     agent.search("Who built it?")
     assert list(agent.answer()) == [""] and lengths == [CONTEXT]
+
+
+def test_a_full_context_still_leaves_an_answer(parts):
+    model, _, index = parts
+    model = copy.deepcopy(model)
+    model.processor.max_prompt_tokens = CONTEXT
+    agent = Agent(model, index)
+    agent.search("Tell me about the bridge. " * CONTEXT)
+    list(agent.answer())
+    assert agent.messages[-1]["role"] == "assistant"
+
+
+def test_a_long_document_does_not_push_the_conversation_out(parts, monkeypatch):
+    model, _, index = parts
+    agent = Agent(model, index, max_new_tokens=3)
+    agent.messages = [
+        {"role": "user", "content": "Tell me about the lighthouse."},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    document = {"title": "The old bridge", "text": "It crosses the river. " * 2000}
+    monkeypatch.setattr(index, "documents", [document] * len(index.documents))
+    agent.search("Who built it?")
+    prompt = model.processor.tokenizer.decode(model.processor.encode([*agent.messages, agent.results]))
+    list(agent.answer())
+    assert "Tell me about the lighthouse." in prompt and "The old bridge" in prompt
+    assert prompt.count("Who built it?") == 2, "the question, and once more after the document"
 
 
 def test_a_failing_generation_is_raised_where_it_is_read(parts, monkeypatch):
@@ -94,25 +142,56 @@ def test_a_document_cannot_leave_its_fence_or_forge_a_turn(parts):
     }
     content = search_results("Who?", [hostile])["content"]
     assert content.count("</document>") == 1
-    messages = [{"role": "user", "content": "Who?"}, {"role": "tool", "content": hostile["text"]}]
-    harmless = [{"role": "user", "content": "Who?"}, {"role": "tool", "content": "Nothing."}]
-    turns = [
-        model.tokenizer.convert_ids_to_tokens(model.build_prompt(m)).count("<|im_start|>") for m in (messages, harmless)
+    question, special = {"role": "user", "content": "Who?"}, set(model.processor.special_ids)
+    marks = [
+        [i for i in model.processor.encode([question, {"role": "tool", "content": text}]) if i in special]
+        for text in (hostile["text"], content, "Nothing.")
     ]
-    assert turns[0] == turns[1]
+    assert marks[0] == marks[1] == marks[2]
 
 
 # -- the page -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def app():
+    pytest.importorskip("gradio")
+    return load_app()
+
+
+def load_app():
+    spec = importlib.util.spec_from_file_location("app", REPOSITORY / "examples" / "app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    return app
+
+
+def test_a_turn_compares_the_native_query_with_a_written_one(parts, app):
+    model, teacher, index = parts
+    agent = Agent(model, index, max_new_tokens=4)
+    before = [{"role": "user", "content": "Tell me about the lighthouse."}, {"role": "assistant", "content": "Yes?"}]
+    updates = list(app.take_turn(agent, teacher, "Who built it?", before))
+    asked = [*before, {"role": "user", "content": "Who built it?"}]
+    assert updates[0][0][:-1] == asked and updates[-1][0] == agent.messages
+    native, written = model.embed_query(asked, mode="context"), updates[0][4]["value"]
+    wanted = {2: index.search(native.numpy(), 5), 3: index.search(teacher.encode([written]), 5)}
+    for column, (scores, rows) in wanted.items():
+        shown = updates[0][column]["value"]
+        assert shown["cosine"].tolist() == pytest.approx(scores[0].tolist(), abs=2e-3)
+        assert len(shown) == len(rows[0])
+    # The comparison has left the agent's cache as it was: the answer is that of a fresh pass.
+    prompt = torch.tensor([model.processor.encode([*asked, agent.results])])
+    tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+    assert agent.messages[-1]["content"] == model.processor.tokenizer.decode(
+        tokens[0, prompt.shape[1] :], skip_special_tokens=True
+    )
 
 
 @contextmanager
 def served(parts, **settings):
     """The address of a page."""
     pytest.importorskip("gradio")
-    spec = importlib.util.spec_from_file_location("app", REPOSITORY / "examples" / "app.py")
-    app = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(app)
-    model, teacher, index = parts
+    app, (model, teacher, index) = load_app(), parts
     page = app.build_page(model, teacher, index, **settings)
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False, **app.SERVED)
     yield address
@@ -307,12 +386,12 @@ def test_rapid_clicks_ask_once(browsers):
 
 
 @needs_browser
-def test_what_is_too_long_or_empty_is_said_and_the_page_goes_on(browsers):
+def test_an_empty_question_is_refused_and_a_long_one_is_answered(browsers):
     browser = browsers()
-    ask(browser, "very long " * 2000)
-    wait(lambda: any("max_prompt_tokens" in toast.text for toast in find(browser, ".toast-wrap, .toast-body")))
+    ask(browser, "  ")
+    wait(lambda: any("Ask something" in toast.text for toast in find(browser, ".toast-wrap, .toast-body")))
     assert said(browser, "user") == []
-    ask(browser, "Who founded Belford Museum?")
+    ask(browser, "very long " * 2000)
     answered(browser, 1)
 
 

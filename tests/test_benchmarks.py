@@ -1,10 +1,16 @@
-"""The commands in benchmarks/: what they would run, not what it gives."""
+"""The commands in benchmarks/, with tiny models: what they run and what they write, not the numbers."""
 
+import importlib
+import json
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import ablation, left_out, robustness
+from benchmarks import ablation, common, latency, left_out, robustness, training
+from benchmarks import index as index_benchmark
 from native_retrieval.arguments import parse
 from processing_native_retrieval import check_messages
 
@@ -48,3 +54,73 @@ def test_a_variant_is_a_conversation_that_keeps_its_question(name, messages):
         assert sum(message["role"] == "user" for message in changed) == int(name.split()[2])
     if name != "as they are":
         assert changed != messages
+
+
+# -- speed ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(
+    make_taught_model, backbone_dir: Path, teacher_dir: Path, beir_data: Path, tmp_path_factory
+) -> SimpleNamespace:
+    """What `make bench` measures, tiny: paths of a model, its index, its backbone, its teacher and data."""
+    from native_retrieval.checkpoints import write_local_paths
+    from native_retrieval.data import load_corpus
+    from native_retrieval.index import DocumentIndex
+
+    folder = tmp_path_factory.mktemp("made")
+    model, teacher = make_taught_model()
+    model.save_pretrained(folder / "model")
+    write_local_paths(folder / "model", teacher=str(teacher_dir))
+    corpus = load_corpus(beir_data)
+    DocumentIndex.build(corpus, teacher.documents(corpus), teacher.fingerprint, "tiny", folder / "index")
+    paths = {"model": folder / "model", "index": folder / "index", "backbone": backbone_dir, "teacher": teacher_dir}
+    return SimpleNamespace(**paths, data=beir_data, queries=beir_data / "queries.jsonl")
+
+
+COMMANDS = {
+    "latency": (("model", "index"), "--lengths 100 --rounds 2 --dtypes float32"),
+    "turn": (("model", "index"), "--lengths 100 150 --rounds 1"),
+    "throughput": (("model", "data"), "--conversations 20"),
+    "training": (("backbone", "teacher", "data"), "--queries 8"),
+    "index": (("index",), "--vectors 3000 --queries 5"),
+    "load": (("model", "queries"), "--requests 400 --threads 2"),
+}
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_a_benchmark_writes_its_result_and_the_command_that_made_it(name, made, tmp_path, monkeypatch):
+    # Processes of their own, and sizes that a test has no time for.
+    monkeypatch.setattr(latency, "peak_memory", lambda *arguments: {})
+    monkeypatch.setattr(training, "memory_row", lambda backbone: training.row_of("steps", 1, 1.0))
+    monkeypatch.setattr(training, "RANKED", 300)
+    monkeypatch.setattr(index_benchmark, "KINDS", {"Flat": [""], "HNSW32,SQfp16": ["efSearch=128"]})
+    paths, words = COMMANDS[name]
+    words = [word for path in paths for word in (f"--{path}", str(getattr(made, path)))] + words.split()
+    output = tmp_path / "results" / f"bench-{name}.json"
+    monkeypatch.setattr("sys.argv", [f"benchmarks/{name}.py", *words, "--output", str(output)])
+    threads = torch.get_num_threads()
+    try:
+        assert not importlib.import_module(f"benchmarks.{name}").main()
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads(output.read_text())
+    assert result["rows"] and result["command"].startswith(f"python benchmarks/{name}.py --")
+    if name not in ("throughput", "training"):
+        assert (tmp_path / "results" / "figures" / f"bench-{name}.png").is_file()
+    if name == "load":
+        assert result["requests"] == 400 and result["wrong"] == 0
+
+
+@pytest.mark.parametrize("tokens", [90, 256, 2000])
+def test_a_prompt_has_the_length_that_is_asked_for(make_taught_model, tokens: int):
+    processor = make_taught_model()[0].processor
+    processor.max_prompt_tokens = 4000
+    prompt = common.prompt_of(processor, tokens)
+    assert tokens - 20 < len(prompt) <= tokens
+    assert common.QUESTION in processor.tokenizer.decode(prompt)
+
+
+def test_a_length_that_no_conversation_has_is_refused(make_taught_model):
+    with pytest.raises(ValueError, match="asked for 5; name a longer one"):
+        common.prompt_of(make_taught_model()[0].processor, 5)

@@ -14,7 +14,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from native_retrieval import data
+from native_retrieval import data, rows
+from native_retrieval.conversations import ROLES
 from native_retrieval.data import (
     DataError,
     drop_overlap,
@@ -23,6 +24,7 @@ from native_retrieval.data import (
     load_queries,
     load_task,
     load_texts,
+    read_conversations,
     splits,
 )
 
@@ -47,6 +49,10 @@ QUERIES = [
     {"_id": "q3", "messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": ""}]},
 ]
 QRELS = "query-id\tcorpus-id\tscore\nq1\td2\t1\nq1\td1\t0\nq2\td3\t2\n"
+
+
+def message(role: Any = "user", content: Any = "hi", **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,6 +103,7 @@ def test_task_round_trip(task_folder: Path) -> None:
         {
             "_id": "q1",
             "messages": QUERIES[0]["messages"],
+            "tools": None,
             "rewrite": "What is coffee?",
             "conv": "7",
             "turn": 5,
@@ -106,6 +113,7 @@ def test_task_round_trip(task_folder: Path) -> None:
         {
             "_id": "q2",
             "messages": QUERIES[1]["messages"],
+            "tools": None,
             "rewrite": "",
             "conv": "q2",
             "turn": 1,
@@ -166,10 +174,34 @@ def test_integer_ids_become_strings(tmp_path: Path) -> None:
         pytest.param("q1\td2\t1\n", id="no header"),
         pytest.param("\ufeffquery-id\tcorpus-id\tscore\r\nq1\td2\t1\r\n\r\n", id="windows"),
         pytest.param("q1\td2\t1\nq1\td2\t1\n", id="the same line twice"),
+        pytest.param("q1\td2\t1.0\n", id="a decimal score"),
+        pytest.param("q1\td2\t1.\nq1\td2\t+1.00\n", id="decimal scores"),
+        pytest.param("q1\td2\t1\t\n", id="trailing tab"),
+        pytest.param("query-id\tcorpus-id\tscore\t\nq1\td2\t1\t\t\r\n", id="trailing tabs and a header"),
+        pytest.param("q1 0 d2 1\n", id="TREC, blanks"),
+        pytest.param("\ufeffq1   Q0 d2 1.0 \n", id="TREC, many blanks"),
+        pytest.param("q1\t0\td2\t1\t\n", id="TREC, tabs"),
+        pytest.param("topic iteration docno relevance\nq1 0 d2 1\n", id="TREC, a header"),
+        pytest.param("q1 d2 1\n", id="blanks"),
+        pytest.param("query-id,corpus-id,score\nq1,d2,1\n", id="CSV"),
+        pytest.param('"q1", "d2", "1"\n', id="CSV, quotes and blanks"),
+        pytest.param("score;doc_id;Query ID\r\n1,0;d2;q1\r\n".replace("1,0", "1.0"), id="semicolons, other order"),
+        pytest.param("qid\tdocid\tlabel\nq1\td2\t1\n", id="other names"),
+        pytest.param("qid,timestamp,pid,rel,note\nq1,5,d2,1,\n", id="more columns"),
     ],
 )
-def test_qrels_variants(tmp_path: Path, text: str) -> None:
-    assert load_qrels(write(tmp_path, {"qrels/test.tsv": text}), "test") == {"q1": {"d2": 1}}
+@pytest.mark.parametrize("name", ["test.tsv", "test.csv", "test.tsv.gz", "test.csv.gz"])
+def test_qrels_variants(tmp_path: Path, name: str, text: str) -> None:
+    write(tmp_path, {f"qrels/{name}": text})
+    assert load_qrels(tmp_path, "test") == {"q1": {"d2": 1}}
+    assert splits(tmp_path) == ["test"]
+
+
+def test_ids_with_blanks_and_commas(tmp_path: Path) -> None:
+    """As BEIR's tables have them; a comma or a blank separates columns only where no tab does."""
+    write(tmp_path, {"qrels/a.tsv": "my query\tParis, Texas\t1\n", "qrels/b.tsv": "q1 0 Paris,Texas 1\n"})
+    assert load_qrels(tmp_path, "a") == {"my query": {"Paris, Texas": 1}}
+    assert load_qrels(tmp_path, "b") == {"q1": {"Paris,Texas": 1}}
 
 
 def test_query_without_a_relevant_document_is_left_out(task_folder: Path) -> None:
@@ -181,11 +213,65 @@ def test_query_without_a_relevant_document_is_left_out(task_folder: Path) -> Non
     assert splits(task_folder) == ["dev", "test"]
 
 
-def test_tool_call_without_content(tmp_path: Path) -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    messages = [{"role": "user", "content": "Tea?"}, call, {"role": "tool", "content": "yes", "tool_call_id": "1"}]
-    loaded = load_queries(write(tmp_path, {"queries.jsonl": [{"_id": "q", "messages": messages}]}))[0]
-    assert [message["content"] for message in loaded["messages"]] == ["Tea?", "", "yes"]
+CALLS = [{"id": "1", "type": "function", "function": {"name": "search", "arguments": '{"query": "tea", "k": 3}'}}]
+AGENT = [
+    message("developer", "Answer in French."),
+    message("user", [{"type": "text", "text": "Look at this."}, {"type": "text", "text": "What is it?"}], name="eve"),
+    message(
+        "assistant", None, tool_calls=[*CALLS, {**CALLS[0], "id": "2"}], reasoning_content="A picture.", refusal=None
+    ),
+    message("tool", "A teapot.", tool_call_id="1"),
+    message("tool", [{"type": "text", "text": "Two results."}], tool_call_id="2"),
+    message("system", "Be brief."),
+    message("assistant", None, function_call={"name": "search", "arguments": "{}"}),
+    message("function", '{"found": [1, 2.5, null]}', name="search"),
+    message("assistant", None, refusal="I cannot say."),
+    message("user", "And the lid?"),
+    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"deep": [{"x": None}, 2**53 + 1]}}}]},
+]
+TOOLS = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_messages_keep_what_an_agent_sends(tmp_path: Path) -> None:
+    rows = [
+        {"_id": "q1", "messages": AGENT, "tools": TOOLS},
+        {"_id": "q2", "messages": AGENT[1:2], "tools": None},
+        {"_id": "q3", "messages": AGENT[9:10], "tools": []},
+    ]
+    loaded = load_queries(write(tmp_path, {"queries.jsonl": rows}))
+    assert [len(messages) for messages in loaded["messages"]] == [len(row["messages"]) for row in rows]
+    for before, after in zip(AGENT, loaded[0]["messages"], strict=True):
+        assert {**before, "content": ""} == {**after, "content": ""}
+    contents = [message["content"] for message in loaded[0]["messages"]]
+    assert contents[:5] == ["Answer in French.", "Look at this.\nWhat is it?", "", "A teapot.", "Two results."]
+    assert all(isinstance(content, str) for content in contents)
+    assert [tools or [] for tools in loaded["tools"]] == [TOOLS, [], []]
+    assert loaded["turn"][:] == [2, 1, 1]
+    assert read_conversations(tmp_path / "queries.jsonl") == list(loaded["messages"])
+
+
+@pytest.mark.parametrize("last", range(1, len(AGENT)))
+def test_a_conversation_may_end_on_any_turn(tmp_path: Path, last: int) -> None:
+    write(tmp_path, {"queries.jsonl": [{"_id": "q1", "messages": AGENT[: last + 1]}]})
+    assert len(load_queries(tmp_path)[0]["messages"]) == last + 1
+
+
+def test_halves_of_characters_are_replaced_and_nul_is_removed(tmp_path: Path) -> None:
+    half = "\ud83d"
+    messages = [
+        message("user", f"one {half}"),
+        message("assistant", "ok", tool_calls=[{"function": {"name": "f", "arguments": f"{half}x"}}]),
+        message("user", [{"type": "text", "text": f"t\x00wo{half}"}]),
+    ]
+    queries = [{"_id": "q", "messages": messages, "rewrite": f"r{half}", "tools": [{"name": half}]}]
+    corpus = [{"_id": "d", "title": f"{half}title", "text": f"text{half}"}]
+    text = "\n".join(map(json.dumps, queries)), "\n".join(map(json.dumps, corpus))
+    write(tmp_path, {"queries.jsonl": text[0], "corpus.jsonl": text[1]})
+    loaded = load_queries(tmp_path)[0]
+    assert [message["content"] for message in loaded["messages"]] == ["one \ufffd", "ok", "two\ufffd"]
+    assert loaded["messages"][1]["tool_calls"][0]["function"]["arguments"] == "\ufffdx"
+    assert (loaded["rewrite"], loaded["tools"]) == ("r\ufffd", [{"name": "\ufffd"}])
+    assert load_corpus(tmp_path)[0] == {"_id": "d", "title": "\ufffdtitle", "text": "text\ufffd"}
 
 
 def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
@@ -211,10 +297,6 @@ def test_loading_is_deterministic(task_folder: Path) -> None:
 
 
 # What does not load: one file, one bad thing
-
-
-def message(role: Any = "user", content: Any = "hi", **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **more}
 
 
 def document(**fields: Any) -> str:
@@ -248,7 +330,7 @@ BAD_DOCUMENTS = [
     (document(text=" \n"), ":2: title and text are both missing or empty"),
     (document(text=3), ":2: text is a number, wanted a string"),
     (document(title={}), ":2: title is an object, wanted a string"),
-    (document(text="\ud800"), ":2: half a surrogate pair"),
+    (document(_id="a\ud800"), ":2: _id 'a\\ud800' holds half a surrogate pair"),
     (b"\xff", ":2: not UTF-8 (invalid start byte: 0xff)"),
 ]
 
@@ -262,14 +344,25 @@ BAD_QUERIES = [
     (query(messages="hi"), ":2: messages is a string, wanted a list"),
     (query(messages=[]), ":2: messages is empty"),
     (query(messages=[message(), "hi"]), ":2: messages[1] is a string, wanted an object"),
-    (query(messages=[message("bot")]), ":2: messages[0].role is 'bot', wanted one of system, user, assistant, tool"),
+    (query(messages=[message("bot")]), ":2: messages[0].role is 'bot', wanted one of system, developer, user"),
     (query(messages=[message(None)]), ":2: messages[0].role is None, wanted one of"),
-    (query(messages=[message(["user"])]), ":2: messages[0].role is ['user'], wanted one of"),
+    (query(messages=[message(["user"])]), ":2: messages[0].role is "),
     (query(messages=[message(content=4)]), ":2: messages[0].content is a number, wanted a string"),
-    (query(messages=[message(content=[])]), ":2: messages[0].content is a list, wanted a string"),
-    (query(messages=[message(content=None)]), ":2: messages[0].content is missing or null, wanted a string"),
-    (query(messages=[message(content=" "), message("assistant", "")]), ":2: every message is empty"),
-    (query(messages=[message(), message(content=" ")]), ":2: the last message is an empty user turn"),
+    (query(messages=[message(content={})]), ":2: messages[0].content is an object, wanted a string"),
+    (query(messages=[message(content=[3])]), ":2: messages[0].content holds a number, wanted parts"),
+    (query(messages=[message(content=[])]), ":2: messages: every message is empty"),
+    (query(messages=[message(content=None)]), ":2: messages: every message is empty"),
+    (query(messages=[message("system")]), ":2: messages: every message is empty"),
+    (query(messages=[message(content=" "), message("assistant", "")]), ":2: messages: every message is empty"),
+    (query(messages=[message(), message(content=" ")]), ":2: messages: the last message is an empty user turn"),
+    (query(messages=[message(), message(content="\u200b\ufeff \u2060")]), ":2: messages: the last message is an empty"),
+    (query(messages=[message(), message(content="\x00\u00ad\u3164")]), ":2: messages: the last message is an empty"),
+    (query(messages=[message(), message(content=[{"type": "text", "text": "\u200d"}])]), ":2: messages: the last mess"),
+    (query(messages=[message(content="\u200b")]), ":2: messages: every message is empty"),
+    (query(messages=[message(n=2**70)]), ":2: messages cannot be stored"),
+    (query(messages=[message(), message(n=2**70)]), ":2: messages cannot be stored"),
+    (query(tools={"type": "function"}), ":2: tools is an object, wanted a list"),
+    (query(tools=["search"]), ":2: tools is a list with a string"),
     (query(rewrite=7), ":2: rewrite is a number, wanted a string"),
     (query(metadata=[]), ":2: metadata is a list, wanted an object"),
     (query(metadata={"conv": 1.5}), ":2: metadata.conv is a number, wanted a string or an integer"),
@@ -312,6 +405,15 @@ def test_bad_row(
         ("query-id\tcorpus-id\tscore\n", "qrels/test.tsv: no judgement has a score above 0"),
         ("q1\td1\t0\nq2\td2\t-1\n", "qrels/test.tsv: no judgement has a score above 0"),
         ("q1\td1\t1\nq1\td2\n", "qrels/test.tsv:2: 2 columns separated by tabs, wanted 3"),
+        ("q1 0 d1 1\nq1 d2 1\n", "qrels/test.tsv:2: 3 columns separated by white space, wanted 4"),
+        ("q1,d1,1\nq1,d2,1,5\n", "qrels/test.tsv:2: 4 columns separated by commas, wanted 3"),
+        (
+            "q1 Q0 d1 1 0.5 bm25\n",
+            "qrels/test.tsv:1: 6 columns separated by white space, wanted 3: query-id, corpus-id",
+        ),
+        ("q1\td1\t7\t1\n", "qrels/test.tsv:1: 4 columns separated by tabs, wanted 3: query-id, corpus-id, score (or"),
+        ("q1,d1\n", "qrels/test.tsv:1: 2 columns separated by commas, wanted 3"),
+        ("q1\td1\t1\nq1\td2\t1.5\n", "qrels/test.tsv:2: score '1.5' is not an integer; write 0 for"),
         ("q1\td1\t1\nq1 0 d2 1\n", "qrels/test.tsv:2: 1 columns separated by tabs, wanted 3"),
         ("q1\td1\t1\nq1\t0\td2\t1\n", "qrels/test.tsv:2: 4 columns separated by tabs, wanted 3"),
         ("q1\td1\t1\nq1\td2\t0.5\n", "qrels/test.tsv:2: score '0.5' is not an integer"),
@@ -320,7 +422,12 @@ def test_bad_row(
         ("q1\td1\t1\nq1\td2\t\n", "qrels/test.tsv:2: score '' is not an integer"),
         ("q1\td1\t1\n\td2\t1\n", "qrels/test.tsv:2: the query id or the document id is empty"),
         ("q1\td1\t1\nq1\td1\t2\n", "qrels/test.tsv:2: score 2 for 'q1' and 'd1', but 1 at line 1"),
-        ("qid\tdocid\tlabel\nq1\td1\t1\n", "qrels/test.tsv:1: score 'label' is not an integer — the first line must"),
+        ("from\tto\tvalue\nq1\td1\t1\n", "qrels/test.tsv:1: score 'value' is not an integer; write 0 for"),
+        (
+            "from\tto\tvalue\nq1\td1\t1\n",
+            "qrels/test.tsv:1: score 'value' is not an integer; write 0 for not relevant, "
+            "1 or more for relevant — the first line must be `query-id corpus-id score` or a judgement",
+        ),
         ("q1\td1\t1\nqx\td1\t1\n", "qrels/test.tsv:2: unknown query 'qx' — no row of queries.jsonl has this _id"),
         ("q1\td1\t1\nq1\tdx\t1\n", "qrels/test.tsv:2: unknown document 'dx' — no row of the corpus has this _id"),
         (b"q1\td1\t1\n\xe9\td1\t1\n", "qrels/test.tsv:2: not UTF-8 ("),
@@ -353,6 +460,40 @@ def test_bad_qrels(task_folder: Path, qrels: str | bytes, problem: str) -> None:
 def test_bad_file(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
     (tmp_path / name).write_bytes(content)
     assert problems_of(load_corpus, tmp_path)[0].startswith(problem)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n\n"])
+@pytest.mark.parametrize(
+    ("text", "way_out"),
+    [
+        (json.dumps(CORPUS), "jq -c '.[]'"),
+        (json.dumps(CORPUS, indent=2), "jq -c '.[]'"),
+        ("[\n" + ",\n".join(map(json.dumps, CORPUS)) + "\n]", "jq -c '.[]'"),
+        ("\n".join(json.dumps(row, indent=4) for row in CORPUS), "jq -c '.'"),
+    ],
+)
+def test_json_where_json_lines_are_wanted(tmp_path: Path, text: str, way_out: str, start: str, ending: str) -> None:
+    write(tmp_path, {f"corpus.jsonl{ending}": start + text, f"queries.jsonl{ending}": start + text})
+    for load, name in ((load_corpus, "corpus"), (load_queries, "queries")):
+        (problem,) = problems_of(load, tmp_path)
+        assert problem.startswith(
+            f"{name}.jsonl{ending}:{1 + start.count(chr(10))}: a JSON object is needed in each line"
+        )
+        assert "JSON Lines" in problem and way_out in problem and "\n" not in problem
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["corpus.jsonl", "queries.jsonl", "qrels/test.tsv", "corpus.jsonl.gz", "qrels/test.tsv.gz"]
+)
+def test_git_lfs_pointers_are_named(task_folder: Path, name: str) -> None:
+    (task_folder / name.removesuffix(".gz")).unlink()
+    (task_folder / name).write_text(POINTER)
+    (problem,) = problems_of(load_task, task_folder, "test")
+    assert problem.startswith(f"{name}: a Git LFS pointer") and "git lfs pull" in problem
 
 
 def test_truncated_gzip_names_the_line(tmp_path: Path) -> None:
@@ -411,7 +552,7 @@ def test_message_shows_twenty_problems(tmp_path: Path) -> None:
 def test_reading_stops_after_many_problems(tmp_path: Path) -> None:
     write(tmp_path, {"corpus.jsonl": "{}\n" * 5000})
     problems = problems_of(load_corpus, tmp_path)
-    assert len(problems) == data.PROBLEMS_PER_FILE + 1
+    assert len(problems) == rows.PROBLEMS_PER_FILE + 1
     assert problems[-1] == "corpus.jsonl:1001: reading stopped here, after 1,000 problems"
 
 
@@ -429,7 +570,7 @@ def test_hub_source(task_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = load_task("someone/some-data", "test", revision="v1")
     assert task.name == "someone/some-data"
     assert task.corpus.to_list() == CORPUS
-    patterns = ["corpus.jsonl*", "queries.jsonl*", "qrels/*.tsv*"]
+    patterns = ["corpus.jsonl*", "queries.jsonl*", "qrels/*.[ct]sv*"]
     wanted = {"repo_type": "dataset", "allow_patterns": patterns, "revision": "v1"}
     assert calls == [("someone/some-data", wanted)]
 
@@ -553,7 +694,12 @@ filled = text.filter(lambda value: value.strip() != "")
 identifiers = filled.filter(lambda value: "\t" not in value and "\n" not in value)
 documents = st.fixed_dictionaries({"_id": identifiers, "title": text, "text": filled})
 chats = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(data.ROLES), "content": text}), min_size=1, max_size=4
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(ROLES), "content": text.map(lambda value: value.replace("\0", ""))},
+        optional={"name": filled, "tool_calls": st.just(CALLS), "reasoning_content": st.none() | filled},
+    ),
+    min_size=1,
+    max_size=4,
 ).map(lambda messages: [*messages, {"role": "user", "content": "last"}])
 queries = st.fixed_dictionaries(
     {
@@ -582,7 +728,8 @@ def test_valid_rows_load_unchanged(corpus: list[dict[str, Any]], asked: list[dic
         assert load_corpus(name).to_list() == corpus
         loaded = load_queries(name).to_list()
     assert loaded == [
-        {key: row[key] for key in ("_id", "messages", "rewrite")} | row["metadata"] | {"gold": []} for row in asked
+        {key: row[key] for key in ("_id", "messages", "rewrite")} | row["metadata"] | {"gold": [], "tools": None}
+        for row in asked
     ]
 
 

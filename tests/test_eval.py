@@ -1,7 +1,9 @@
 """`eval.py` end to end on a tiny model, and what it says to bad input."""
 
 import json
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, StubTeacher, write_beir_folder
 
-import eval as eval_script
 from native_retrieval.data import load_corpus
 from native_retrieval.index import DocumentIndex
 from native_retrieval.methods import METHODS
 
 MEASURES = ("recall@10", "mrr@10", "ndcg@10")
+SCRIPT = runpy.run_path(str(REPOSITORY / "eval.py"), run_name="eval.py")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def workplace(tmp_path, monkeypatch, tiny_tokenizer, model_dir) -> None:
 
 
 def run(arguments: str) -> int:
-    return eval_script.main(shlex.split(arguments))
+    return SCRIPT["main"](shlex.split(arguments))
 
 
 def edit_json(path: str, **changes) -> None:
@@ -45,12 +47,7 @@ def edit_json(path: str, **changes) -> None:
 
 
 def copy_model(model_dir: Path, name: str) -> Path:
-    copy = Path(name)
-    copy.mkdir()
-    for file in model_dir.iterdir():
-        if file.is_file():
-            (copy / file.name).write_bytes(file.read_bytes())
-    return copy
+    return Path(shutil.copytree(model_dir, name))
 
 
 def test_end_to_end(capsys):
@@ -119,20 +116,6 @@ def test_an_index_of_ones_own(stub_teacher, monkeypatch):
     assert run(f"--model model --data data --index index --output a.json {methods}") == 0
 
 
-def test_native_probe_is_left_out_unless_the_model_has_one(make_model, stub_teacher, capsys):
-    model = make_model(
-        teacher=stub_teacher,
-        num_probe_tokens=0,
-        teacher_name_or_path="stub-teacher",
-        teacher_fingerprint=stub_teacher.fingerprint,
-    )
-    model.save_pretrained("bare")
-    methods = "--methods native-context native-probe --latency_queries 0"
-    assert run(f"--model bare --data data --output a.json {methods}") == 0
-    assert list(json.loads(Path("a.json").read_text())["methods"]) == ["native-context"]
-    assert "the model has no probe" in capsys.readouterr().err
-
-
 def test_human_rewrite_is_left_out_unless_all_queries_have_one(capsys):
     path = Path("data/queries.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -181,10 +164,14 @@ def fails(capsys, arguments: str, *words: str) -> None:
         (f"{GOOD} --figures data/corpus.jsonl", ["--figures", "is a file"]),
         (f"{GOOD} --report page.md --methods native-context", ["--report", "generate-then-encode"]),
         (f"{GOOD} --report data", ["--report: data is a directory", "data/failures.md"]),
+        (GOOD.replace("model model", "model modle"), ["model modle is no folder", "no Hub id"]),
+        (GOOD.replace("model model", "model ./modle"), ["./modle", "no Hub id"]),
+        (GOOD.replace("model model", "model data/modle"), ["data/modle", "no Hub id"]),
+        (GOOD.replace("model model", "model 'C:\\my models\\m'"), ["no Hub id"]),
     ],
 )
 def test_bad_arguments_are_named_before_anything_is_loaded(arguments, words, capsys, monkeypatch):
-    monkeypatch.setattr(eval_script, "evaluate", pytest.fail)
+    monkeypatch.setattr("native_retrieval.data.load_task", pytest.fail)
     fails(capsys, arguments, *words)
 
 
@@ -242,8 +229,8 @@ def test_debug_shows_the_traceback():
 
 def test_help_teaches_without_loading_torch():
     code = (
-        "import sys, eval\n"
-        "try:\n    eval.main(['--help'])\n"
+        "import runpy, sys\nsys.argv = ['eval.py', '--help']\n"
+        "try:\n    runpy.run_path('eval.py', run_name='__main__')\n"
         "finally:\n    print('heavy:', {'torch', 'faiss', 'datasets', 'sentence_transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ from native_retrieval.index import DocumentIndex
 
 @pytest.fixture(scope="module")
 def made(make_taught_model, beir_data, tmp_path_factory) -> list[str]:
-    """A model's folder and its index's."""
+    """The folders of a model and of its teacher's index."""
     folder, (model, teacher) = tmp_path_factory.mktemp("made"), make_taught_model()
     model.save_pretrained(folder / "model")
     corpus = load_corpus(beir_data)
@@ -43,7 +43,7 @@ def test_the_terminal_agent_says_what_is_missing(tmp_path, capsys):
 
 def test_the_langgraph_agent_loads_no_embedding_model(made):
     pytest.importorskip("langgraph")
-    # In a process of its own, as the tests beside it do load one.
+    # In a process of its own: the other tests load one.
     command = [sys.executable, str(REPOSITORY / "examples" / "langgraph_agent.py"), *made]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,8 @@
 """The page on failures, and the figure of the words that are copied."""
 
+import copy
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from native_retrieval.data import load_task
 from native_retrieval.failures import write_failure_report
 from native_retrieval.index import DocumentIndex
 from native_retrieval.methods import Comparison
-from native_retrieval.report import build_result
+from native_retrieval.results import build_result
+from processing_native_retrieval import NativeRetrievalProcessor
 
 
 @pytest.fixture
@@ -61,13 +64,48 @@ def test_a_page_needs_both_methods(evaluated, tmp_path):
         write_failure_report(tmp_path / "page.md", *evaluated)
 
 
-def test_word_weights_are_the_models_own(tiny_model, tmp_path):
+def test_the_page_shows_messages_of_any_shape(evaluated, tmp_path):
+    result, runs, task, comparison = evaluated
+    result["methods"]["generate-then-encode"]["ranks"] = [1] * 6
+    result["methods"]["native-context"]["ranks"] = [None] * 6
+    shapes = [
+        {"role": "user", "content": [{"type": "text", "text": "Who wrote"}, {"type": "text", "text": "it?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "search", "arguments": "{}"}}]},
+    ]
+    task = SimpleNamespace(**vars(task))
+    rows = [{**row, "messages": [*row["messages"], *shapes]} for row in task.queries]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+
+    class Queries(dict):
+        def __getitem__(self, key):
+            return rows[key] if isinstance(key, int) else columns[key]
+
+        def __len__(self):
+            return len(rows)
+
+    task.queries = Queries()
+    text = write_failure_report(tmp_path / "page.md", result, runs, task, comparison)[0].read_text()
+    assert text.count("> **user**: Who wrote it?") == 6 and "None" not in text
+
+
+LLAMA_3 = (
+    "{{ '<|endoftext|>' }}{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_end|>\n\n' + m.content + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>\n\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, LLAMA_3])
+def test_word_weights_are_the_models_own(tiny_model, template, tmp_path):
+    if template:
+        tokenizer = copy.deepcopy(tiny_model.tokenizer)
+        tokenizer.chat_template = template
+        tiny_model.processor = NativeRetrievalProcessor(tokenizer)
     messages = [
         {"role": "user", "content": "When was the Arnwick Lighthouse founded?"},
         {"role": "assistant", "content": "In 1874."},
         {"role": "user", "content": "Who was behind it?"},
     ]
-    turns = [turn for turn in word_weights(tiny_model, messages) if turn[1]]
+    turns = word_weights(tiny_model, messages)
     said = [[word for word, _ in words] for _, words in turns]
     assert [" ".join(words) for words in said[-3:]] == [message["content"] for message in messages]
     assert [role for role, _ in turns[-3:]] == ["user", "assistant", "user"]

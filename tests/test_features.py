@@ -1,6 +1,8 @@
+import gc
 import json
 import os
 import resource
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,6 +194,60 @@ def test_other_backbones_layers_and_sequences_have_files_of_their_own(
     assert len(list(tmp_path.glob("*.npy"))) == 5
 
 
+def test_backbones_that_differ_in_a_few_numbers_do_not_share_states(
+    make_model: Callable[..., NativeRetrievalModel], sequences: list[list[int]], tmp_path: Path
+):
+    def retune(model: NativeRetrievalModel, name: str) -> None:
+        with torch.no_grad():
+            weight = dict(model.backbone.named_parameters())[name]
+            weight.view(-1)[weight.numel() // 2 + 1] += 3.0
+
+    original = make_model()
+    FeatureStore.build(original, sequences, tmp_path)
+    names = [name for name, _ in original.backbone.named_parameters()]
+    for name in (names[0], names[len(names) // 2]):
+        tuned = make_model()
+        retune(tuned, name)
+        FeatureStore.build(tuned, sequences, tmp_path)
+    with torch.no_grad():  # new embeddings of a few tokens, in a model whose states are cached already
+        original.backbone.get_input_embeddings().weight[sequences[0][-3:]] += 1.0
+    assert_states(FeatureStore.build(original, sequences, tmp_path), original, sequences)
+    assert len(list(tmp_path.glob("*.npy"))) == 4
+    cached_queries(original, sequences, tmp_path)
+    retune(original, names[0])
+    cached_queries(original, sequences, tmp_path)
+    assert len(list(tmp_path.glob("queries-*.json"))) == 2
+
+
+def test_backbones_with_the_same_weights_and_other_settings_do_not_share_states(
+    make_model: Callable[..., NativeRetrievalModel],
+    make_backbone: Callable,
+    sequences: list[list[int]],
+    tmp_path: Path,
+):
+    for epsilon in (1e-6, 1e-2):
+        model = make_model(backbone=make_backbone("llama", rms_norm_eps=epsilon))
+        assert_states(FeatureStore.build(model, sequences, tmp_path), model, sequences)
+    assert len(list(tmp_path.glob("*.npy"))) == 2
+
+
+def test_the_weights_are_read_once_per_model(
+    tiny_model: NativeRetrievalModel, sequences: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    FeatureStore.build(tiny_model, sequences, tmp_path)
+    monkeypatch.setattr(torch.Tensor, "cpu", None)  # to hash a weight, it must come to the CPU
+    FeatureStore.build(tiny_model, sequences, tmp_path)
+
+
+def test_a_cached_digest_keeps_no_model_alive(make_model: Callable[..., NativeRetrievalModel], tmp_path: Path):
+    model = make_model()
+    FeatureStore.build(model, [[1, 2, 3]], tmp_path)
+    backbone = weakref.ref(model.backbone)
+    del model
+    gc.collect()
+    assert backbone() is None
+
+
 @pytest.mark.parametrize("kept", [0, 40, 500])
 def test_a_truncated_file_is_computed_anew(
     tiny_model: NativeRetrievalModel, sequences: list[list[int]], tmp_path: Path, kept: int
@@ -250,7 +306,7 @@ def test_what_is_finished_is_read_without_writing(
 ):
     FeatureStore.build(tiny_model, sequences, tmp_path)
     queries = cached_queries(tiny_model, sequences, tmp_path)
-    monkeypatch.setattr("native_retrieval.shards.FileLock", None)  # the first thing that would be written
+    monkeypatch.setattr("native_retrieval.cache.FileLock", None)  # the first thing that would be written
     before = tmp_path.stat().st_mtime_ns
     assert_states(FeatureStore.build(tiny_model, sequences, tmp_path), tiny_model, sequences)
     assert cached_queries(tiny_model, sequences, tmp_path) == queries

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from modeling_native_retrieval import NativeRetrievalModel
-from native_retrieval import demo
+from native_retrieval import assets
 
 pytestmark = pytest.mark.slow
 
@@ -26,11 +26,19 @@ print(type(model).__name__, tuple(vector.shape), round(vector.norm().item(), 3))
 
 
 def launch(folder, data, *words, **environment) -> subprocess.CompletedProcess:
-    assets = demo.fetch_assets(demo.FULL.state)
+    fetched = assets.fetch(REPOSITORY / assets.FOLDER)
     launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/fsdp2.yaml"]
     launcher += ["--num_processes", "2", "--main_process_port", "0"]
     launcher += ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer", "tests/fsdp_on_cpu.py"]
-    fields = ["--backbone", assets.backbone_dir, "--teacher", assets.teacher_dir, "--use_cpu", "--bf16", "true"]
+    fields = [
+        "--backbone",
+        fetched / assets.BACKBONE,
+        "--teacher",
+        fetched / assets.TEACHER,
+        "--use_cpu",
+        "--bf16",
+        "true",
+    ]
     fields += [
         "--train_data",
         data,
@@ -75,6 +83,6 @@ def test_trains_is_killed_goes_on_and_saves_one_model(online, beir_data, tmp_pat
     )
     assert done.stdout.strip() == "NativeRetrievalModel (1, 384) 1.0", done.stderr[-4000:]
     model = NativeRetrievalModel.from_pretrained(tmp_path / "out")
-    frozen = AutoModelForCausalLM.from_pretrained(demo.fetch_assets(demo.FULL.state).backbone_dir).state_dict()
+    frozen = AutoModelForCausalLM.from_pretrained(REPOSITORY / assets.FOLDER / assets.BACKBONE).state_dict()
     for name, weight in model.backbone.state_dict().items():
         assert torch.equal(weight, frozen[name]), name

@@ -66,6 +66,8 @@ def trained(tmp_path_factory, backbone_dir, teacher_dir, beir_data):
             "--debug_errors",
         ]
         words += ["--report_to", "trackio", "--project", "tiny"]
+        (folder / "out" / "runs").mkdir(parents=True)
+        (folder / "out" / "runs" / "events").write_text("what a logger has written")
         words += ["--push_to_hub", "--hub_model_id", REPO, "--hub_token", TOKEN]
         process = run(words, hub, folder / "home", TRACKIO_DIR=str(folder / "trackio"))
         assert process.returncode == 0, process.stderr
@@ -76,24 +78,20 @@ def trained(tmp_path_factory, backbone_dir, teacher_dir, beir_data):
 def test_everything_is_pushed_and_the_card_pins_it(trained):
     hub, folder, process = trained
     pinned, files = hub.commits[REPO][1][0], hub.files(REPO)[1]
-    assert {
-        "README.md",
-        "config.json",
-        "configuration_native_retrieval.py",
-        "generation_config.json",
-        "modeling_native_retrieval.py",
-        "model.safetensors",
-        "tokenizer.json",
-        "figures/training.png",
-    } <= set(files)
-    assert not [name for name in files if name.endswith((".bin", "training.json")) or "checkpoint" in name]
+    modules = {f"{name}_native_retrieval.py" for name in ("configuration", "processing", "head", "modeling")}
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "figures/training.png"} | modules <= set(
+        files
+    )
+    assert {"backbone/config.json", "backbone/model.safetensors", "backbone/generation_config.json"} <= set(files)
+    private = (".bin", "training.json", "_local.json", ".lock")
+    assert not [name for name in files if name.endswith(private) or name.startswith(("checkpoint", "runs/", "logs/"))]
     card = files["README.md"].decode()
     assert f'"{pinned}"' in card and "code_revision=revision" in card
     assert hub.metadata_problems == []
     assert "Pushed: " in process.stdout
     model = files["model.safetensors"]
     assert len(model) == (folder / "out" / "model.safetensors").stat().st_size
-    assert b"backbone." in model[:100_000], "the head alone was pushed"
+    assert b"backbone." not in model[:100_000], "the backbone was pushed twice"
 
 
 def test_the_card_has_results_that_the_hub_draws(trained):
@@ -135,21 +133,15 @@ def test_what_was_said_is_in_no_log_card_or_name(trained):
 
 LOAD = """
 import json, sys, torch
-from transformers import AutoModel, AutoModelForCausalLM, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 repo, revision = sys.argv[1:]
 pins = {"revision": revision, "code_revision": revision, "trust_remote_code": True}
 model = AutoModel.from_pretrained(repo, **pins)
 question = [{"role": "user", "content": "When was Arnwick Lighthouse founded?"}]
-causal = AutoModelForCausalLM.from_pretrained(repo, **pins)
-assert torch.allclose(model.embed_query(question), causal.embed_query(question), atol=1e-5)
-prompt = torch.tensor([model.build_prompt(question)])
-assert causal(prompt).logits.shape[:2] == prompt.shape
+prompt = torch.tensor([AutoProcessor.from_pretrained(repo, **pins).encode(question)])
+plain = AutoModelForCausalLM.from_pretrained(repo, subfolder="backbone", revision=revision)
 settings = {"max_new_tokens": 5, "do_sample": False}
-answer = model.generate(prompt, **settings)
-assert torch.equal(answer, causal.generate(prompt, **settings))
-pipe = pipeline("text-generation", model=repo, **pins)
-text = pipe(question, **settings)[0]["generated_text"][-1]["content"]
-assert text == model.tokenizer.decode(answer[0, prompt.shape[1]:], skip_special_tokens=True), text
+assert torch.equal(model.generate(prompt, **settings), plain.generate(prompt, **settings))
 print(json.dumps(model.embed_query(question)[0].tolist()))
 """
 
@@ -207,8 +199,6 @@ def test_a_push_that_fails_loses_nothing_and_can_be_gone_on_with(trained, tmp_pa
 
 
 def test_the_whole_model_is_saved_though_checkpoints_hold_the_head(tiny_model, tmp_path):
-    import safetensors
-
     from native_retrieval.trainer import NativeRetrievalTrainer, NativeRetrievalTrainingArguments
 
     arguments = NativeRetrievalTrainingArguments(
@@ -216,7 +206,6 @@ def test_the_whole_model_is_saved_though_checkpoints_hold_the_head(tiny_model, t
     )
     trainer = NativeRetrievalTrainer(tiny_model, arguments)
     trainer.save_model(_internal_call=True)  # as the Trainer does before it pushes
-    with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as weights:
-        assert any(key.startswith("backbone.") for key in weights.keys())  # noqa: SIM118
+    assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "backbone" / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="hub_strategy"):
         NativeRetrievalTrainingArguments(output_dir=str(tmp_path), hub_strategy="every_save")

@@ -54,7 +54,14 @@ def names_beside(directory: Path) -> list[str]:
 
 
 def assert_one_line(error: pytest.ExceptionInfo) -> None:
-    assert "\n" not in str(error.value)
+    """A sentence for people, without lines of C++."""
+    said = str(error.value)
+    assert said and "\n" not in said
+    assert not any(word in said for word in ("faiss::", ".cpp", "::", "Error in", "std"))
+
+
+def content_of(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def test_round_trip(directory: Path):
@@ -178,8 +185,9 @@ def test_query_vectors_of_the_wrong_shape(directory: Path, shape: tuple[int, ...
 
 
 def test_k_below_one(directory: Path):
-    with pytest.raises(ValueError, match="k is 0, wanted at least 1"):
-        DocumentIndex.load(directory).search(make_vectors(1), k=0)
+    for k in (0, -1, 2.5, "3", None):
+        with pytest.raises(ValueError, match=f"k is {k!r}, wanted at least 1"):
+            DocumentIndex.load(directory).search(make_vectors(1), k=k)
 
 
 def test_overwriting(directory: Path):
@@ -217,6 +225,106 @@ def test_a_build_that_fails_leaves_the_old_index(directory: Path, monkeypatch: p
             build(directory, documents=make_documents(3), vectors=make_vectors(3), overwrite=True)
     assert len(DocumentIndex.load(directory)) == NUM_DOCUMENTS
     assert names_beside(directory) == ["index"]
+
+
+BAD_KINDS = {
+    "unknown": (("Flt", ""), "'Flt'"),
+    "empty": (("", ""), "''"),
+    "one string": ("Flat", "factory string and search parameters"),
+    "no pair": (("Flat",), "factory string and search parameters"),
+    "no strings": (("Flat", {"nprobe": 4}), "factory string and search parameters"),
+    "binary": (("BFlat", ""), "'BFlat'"),
+    "binary IVF": (("BIVF4", ""), "'BIVF4'"),
+    "ids of its own": (("IDMap,Flat", ""), "'IDMap,Flat'"),
+    "ids of its own, as a suffix": (("Flat,IDMap", ""), "'Flat,IDMap'"),
+    "too few documents for the lists": (("IVF64,Flat", ""), "at least 64 vectors"),
+    "too few documents for the codes": (("PQ4", ""), "at least 256 vectors"),
+    "too few documents for both": (("IVF4,PQ4", ""), "at least 256 vectors"),
+    "too few documents for a graph": (("NSG16", ""), "'NSG16'"),
+    "codes that do not divide the dimension": (("PQ3x4", ""), "'PQ3x4'"),
+    "more dimensions than there are": (("PCA64,Flat", ""), "'PCA64,Flat'"),
+    "L2 only": (("LSH", ""), "'LSH'"),
+    "cannot be loaded again": (("ZnLattice1x2_4", ""), "'ZnLattice1x2_4'"),
+    "ends the process": (("HNSW0", ""), "'HNSW0'"),
+    "ends the process too": (("HNSW1,Flat", ""), "'HNSW1,Flat'"),
+    "keeps nothing of a vector": (("PCA0,Flat", ""), "'PCA0,Flat'"),
+    "mistyped parameter": (("HNSW32", "efSerch=64"), "'efSerch=64'"),
+    "mistyped parameter among others": (("HNSW32", "efSearch=64,efSerch=3"), "'efSerch=3'"),
+    "parameter of another kind": (("HNSW32", "nprobe=4"), "'nprobe=4'"),
+    "parameter of an exact index": (("Flat", "nprobe=4"), "'nprobe=4'"),
+    "parameter without a value": (("HNSW32", "efSearch"), "'efSearch'"),
+    "parameter with another sign": (("HNSW32", "efSearch:64"), "'efSearch:64'"),
+    "parameter that is no number": (("HNSW32", "efSearch=many"), "'efSearch=many'"),
+    "parameter of 0": (("IVF4,Flat", "nprobe=0"), "'nprobe=0'"),
+    "parameter below 0": (("HNSW32", "efSearch=-1"), "'efSearch=-1'"),
+    "parameter of nan": (("HNSW32", "efSearch=nan"), "'efSearch=nan'"),
+}
+
+
+@pytest.mark.parametrize(("kind", "said"), BAD_KINDS.values(), ids=BAD_KINDS)
+def test_a_kind_that_faiss_refuses_is_one_line_and_leaves_the_old_index(directory: Path, kind, said: str):
+    before = content_of(directory)
+    with pytest.raises(ValueError) as error:
+        build(directory, kind=kind, overwrite=True)
+    assert_one_line(error)
+    assert said in str(error.value)
+    assert content_of(directory) == before and names_beside(directory) == ["index"]
+    with pytest.raises(ValueError):
+        build(directory.parent / "new", kind=kind)
+    assert names_beside(directory) == ["index"], "nothing half-written is left"
+
+
+@pytest.mark.parametrize("step", ["save", "write", "load", "search", "rename", "last load"])
+def test_any_failure_leaves_the_old_index(directory: Path, step: str, monkeypatch: pytest.MonkeyPatch):
+    before, calls = content_of(directory), []
+
+    def failing(function, at: int = 1):
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == at:
+                raise OSError("the disk is gone")
+            return function(*args, **kwargs)
+
+        return call
+
+    target, name, at = {
+        "save": (datasets.Dataset, "save_to_disk", 1),
+        "write": (faiss, "write_index", 1),
+        "load": (faiss, "read_index", 1),
+        "search": (DocumentIndex, "search", 1),
+        "rename": (index_module.os, "replace", 2),
+        "last load": (faiss, "read_index", 2),
+    }[step]
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, failing(getattr(target, name), at))
+        with pytest.raises(OSError, match="the disk is gone"):
+            build(directory, documents=make_documents(3), vectors=make_vectors(3), overwrite=True)
+    assert len(calls) >= at and content_of(directory) == before and names_beside(directory) == ["index"]
+    assert len(DocumentIndex.load(directory)) == NUM_DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [("HNSW32", "efSearch=64"), ("IVF4,Flat", "nprobe=4"), ("SQ8", ""), ("L2norm,Flat", ""), ("PQ4x4", "")]
+    + [("IVF4,Flat,RFlat", "nprobe=4,k_factor_rf=2"), ("IVF4_HNSW32,Flat", "nprobe=4, quantizer_efSearch=8")]
+    + [("HNSW32_PQ4x4", ""), ("HNSW16,PQ4x4", "efSearch=64")],  # these two know squared distances only
+    ids=lambda kind: kind[0],
+)
+def test_scores_are_cosines_and_fall_whatever_the_kind(tmp_path: Path, kind: tuple[str, str]):
+    vectors, queries = make_vectors(400), make_vectors(20, seed=1)
+    index = build(tmp_path / "index", documents=make_documents(400), vectors=vectors, kind=kind)
+    for built in (index, DocumentIndex.load(tmp_path / "index")):
+        scores, rows = built.search(queries, 5)
+        assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
+        assert (np.diff(scores, axis=1) <= 1e-6).all()
+        exact = np.take_along_axis(queries @ vectors.T, rows, axis=1)
+        assert np.abs(scores - exact).mean() < 0.08 and exact.mean() > 0.5
+
+
+def test_what_an_approximate_index_does_not_find_is_marked(tmp_path: Path):
+    index = build(tmp_path / "index", kind=("IVF8,Flat", "nprobe=1"))
+    scores, rows = index.search(make_vectors(5, seed=1), NUM_DOCUMENTS)
+    assert (rows == -1).any() and np.isneginf(scores[rows == -1]).all() and np.isfinite(scores[rows >= 0]).all()
 
 
 def test_other_teacher_is_refused_naming_both(directory: Path):
@@ -294,6 +402,58 @@ def test_index_json_that_cannot_be_read(directory: Path, content: str):
     with pytest.raises(IndexMismatchError, match=r"index\.json is not readable") as error:
         DocumentIndex.load(directory)
     assert_one_line(error)
+
+
+def replace_faiss(directory: Path, index, **info) -> None:
+    """Puts another FAISS index into the directory, with the checksum that it needs."""
+    write = faiss.write_index_binary if isinstance(index, faiss.IndexBinary) else faiss.write_index
+    write(index, str(directory / "index.faiss"))
+    told = json.loads((directory / "index.json").read_text())
+    told["checksums"]["index.faiss"] = index_module.sha256(directory / "index.faiss")
+    (directory / "index.json").write_text(json.dumps(told | info))
+
+
+def other_index(name: str):
+    if name == "binary":
+        index = faiss.IndexBinaryFlat(DIMENSION)
+        index.add(np.zeros((NUM_DOCUMENTS, 1), dtype=np.uint8))
+        return index
+    dimension = DIMENSION + (name == "wider")
+    index = faiss.IndexFlat(dimension, faiss.METRIC_L1 if name == "another metric" else faiss.METRIC_INNER_PRODUCT)
+    index.add(np.ones((NUM_DOCUMENTS + (name == "longer"), dimension), dtype=np.float32))
+    return index
+
+
+@pytest.mark.parametrize("name", ["binary", "wider", "longer", "another metric"])
+def test_a_faiss_index_of_another_kind_is_refused(directory: Path, name: str):
+    replace_faiss(directory, other_index(name))
+    with pytest.raises(IndexMismatchError, match="build it again") as error:
+        DocumentIndex.load(directory)
+    assert_one_line(error)
+    fitting = build(directory.parent / "fitting")
+    with pytest.raises(IndexMismatchError) as error:
+        DocumentIndex(fitting.documents, other_index(name), fitting.info)
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize("parameters", ["efSerch=64", "nprobe=0", "nonsense"])
+def test_search_parameters_that_do_not_fit_are_refused_when_loading(directory: Path, parameters: str):
+    told = json.loads((directory / "index.json").read_text())
+    (directory / "index.json").write_text(json.dumps(told | {"search_parameters": parameters}))
+    with pytest.raises(IndexMismatchError, match=parameters) as error:
+        DocumentIndex.load(directory)
+    assert_one_line(error)
+
+
+def test_squared_distances_become_cosines(directory: Path):
+    index = faiss.IndexFlatL2(DIMENSION)
+    index.add(make_vectors())
+    queries = 3 * make_vectors(5, seed=1)  # of any length
+    wanted = DocumentIndex.load(directory).search(queries, 7)
+    replace_faiss(directory, index)
+    scores, rows = DocumentIndex.load(directory).search(queries, 7)
+    np.testing.assert_array_equal(rows, wanted[1])
+    np.testing.assert_allclose(scores, wanted[0], atol=1e-5)
 
 
 def test_faiss_reads_nothing_that_has_no_checksum(directory: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,17 +1,13 @@
-"""At home in other libraries: sentence-transformers, mteb, LangChain, LlamaIndex; each the real package."""
+"""At home in other libraries: LangChain and LlamaIndex, each the real package."""
 
+import asyncio
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from conftest import assert_one_line
 
-import eval as eval_script
 from modeling_native_retrieval import NativeRetrievalModel
-from native_retrieval import export
 from native_retrieval.data import load_task
 from native_retrieval.teacher import Teacher
 
@@ -26,121 +22,6 @@ QUESTIONS = ["Who founded Belford Museum?", "What is the Carrow Railway known fo
 @pytest.fixture(scope="module")
 def model(make_taught_model) -> NativeRetrievalModel:
     return make_taught_model()[0]
-
-
-@pytest.fixture(scope="module")
-def model_dir(model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(model_dir, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("exported") / "model"
-    assert export.main([str(model_dir), str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sentence_transformer(exported):
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(str(exported), trust_remote_code=True, device="cpu")
-
-
-def cosines(a, b) -> np.ndarray:
-    return (np.asarray(a) * np.asarray(b)).sum(-1)
-
-
-# -- sentence-transformers ----------------------------------------------------------------------------------------------
-
-
-def test_encode_query_is_embed_query(sentence_transformer, model):
-    queries = [*QUESTIONS, CONVERSATION]
-    wanted = torch.cat([model.embed_query(QUESTIONS), model.embed_query(CONVERSATION)])
-    assert (cosines(sentence_transformer.encode_query(queries), wanted) > 0.99999).all()
-    assert cosines(sentence_transformer.encode_query(CONVERSATION), wanted[2]) > 0.99999
-    assert (cosines(sentence_transformer.encode_query(QUESTIONS, batch_size=1), wanted[:2]) > 0.99999).all()
-
-
-def test_documents_are_the_teachers(sentence_transformer, teacher_dir):
-    wanted = Teacher(str(teacher_dir)).encode(QUESTIONS, "document")
-    assert np.allclose(sentence_transformer.encode_document(QUESTIONS), wanted, atol=1e-6)
-    assert np.allclose(sentence_transformer.encode(QUESTIONS), wanted, atol=1e-6), "documents are the default"
-
-
-def test_prompts_similarity_and_truncation(sentence_transformer, model):
-    prompted = sentence_transformer.encode_query(QUESTIONS, prompt="Find: ")
-    assert (cosines(prompted, model.embed_query([f"Find: {text}" for text in QUESTIONS])) > 0.99999).all()
-    assert sentence_transformer.encode_query(CONVERSATION, truncate_dim=16).shape == (16,)
-    queries, documents = sentence_transformer.encode_query(QUESTIONS), sentence_transformer.encode_document(QUESTIONS)
-    assert sentence_transformer.similarity_fn_name == "cosine"
-    assert np.allclose(sentence_transformer.similarity(queries, documents), queries @ documents.T, atol=1e-5)
-    assert sentence_transformer.get_embedding_dimension() == 32
-
-
-def test_it_is_saved_and_loaded_again(sentence_transformer, tmp_path):
-    from sentence_transformers import SentenceTransformer
-
-    sentence_transformer.save(str(tmp_path))
-    again = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
-    assert np.allclose(again.encode_query(CONVERSATION), sentence_transformer.encode_query(CONVERSATION), atol=1e-6)
-
-
-def test_a_fresh_process_without_the_project_loads_it(exported, sentence_transformer, tmp_path):
-    script = (
-        "import json, sys; from sentence_transformers import SentenceTransformer\n"
-        "model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device='cpu')\n"
-        "assert 'native_retrieval' not in sys.modules\n"
-        "print(json.dumps(model.encode_query([json.loads(sys.argv[2])])[0].tolist()))"
-    )
-    words = [sys.executable, "-c", script, str(exported), json.dumps(CONVERSATION)]
-    process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
-    vector = json.loads(process.stdout.splitlines()[-1])
-    assert cosines(vector, sentence_transformer.encode_query(CONVERSATION)) > 0.99999
-
-
-def test_sentence_transformers_own_evaluator(sentence_transformer, beir_data):
-    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-
-    task = load_task(beir_data, "test")
-    evaluator = InformationRetrievalEvaluator(
-        dict(zip(task.queries["_id"], task.queries["messages"], strict=True)),
-        {row["_id"]: f"{row['title']} {row['text']}" for row in task.corpus},
-        {query: set(judged) for query, judged in task.qrels.items()},
-        name="beir",
-    )
-    assert 0 < evaluator(sentence_transformer)["beir_cosine_ndcg@10"] <= 1
-
-
-@pytest.mark.parametrize("words, said", [(["nowhere", "new"], "nowhere"), (["{model}", "{full}"], "new or empty")])
-def test_export_says_what_is_wrong_in_one_line(words, said, model_dir, beir_data, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert export.main([word.format(model=model_dir, full=beir_data) for word in words]) == 2
-    assert said in capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def test_another_teacher_is_refused(make_model, teacher_dir):
-    stranger = make_model(teacher_name_or_path=str(teacher_dir), teacher_fingerprint="0" * 64)
-    with pytest.raises(ValueError, match="fingerprint"):
-        export.to_sentence_transformer(stranger)
-
-
-# -- mteb ---------------------------------------------------------------------------------------------------------------
-
-
-def test_mteb_gives_the_same_ndcg_as_eval(sentence_transformer, model_dir, beir_data, tmp_path, capsys):
-    mteb = pytest.importorskip("mteb")
-    from native_retrieval.integrations.mteb import ConversationEncoder, retrieval_task
-
-    result = mteb.evaluate(ConversationEncoder(sentence_transformer), retrieval_task(beir_data, "test"), cache=None)
-    words = ["--model", model_dir, "--data", beir_data, "--output", tmp_path / "test.json", "--cache_dir", tmp_path]
-    words += ["--latency_queries", "0", "--methods", "generate-then-encode", "native-context"]
-    assert eval_script.main([str(word) for word in words]) == 0, capsys.readouterr().err
-    ours = json.loads((tmp_path / "test.json").read_text())["methods"]["native-context"]["ndcg@10"]
-    assert result.task_results[0].get_score() == pytest.approx(ours, abs=5e-5)
 
 
 # -- LangChain ----------------------------------------------------------------------------------------------------------
@@ -183,7 +64,7 @@ def test_langchain(store_name, model, teacher_dir, corpus, nearest):
 
 
 def test_what_langchain_agents_say_is_read(model):
-    """Thoughts, pictures, calls without text, results in parts: the text that there is."""
+    """Thoughts, pictures, calls without text, results in parts: the text that there is, and a mark for a picture."""
     pytest.importorskip("langchain_core")
     from langchain_core.messages import (
         AIMessage,
@@ -211,7 +92,7 @@ def test_what_langchain_agents_say_is_read(model):
     assert [(message["role"], message["content"]) for message in conversation] == [
         ("system", "Search first."),
         ("system", "Be brief."),
-        ("user", QUESTIONS[0]),
+        ("user", f"{QUESTIONS[0]}\n[image]"),
         ("assistant", ""),
         ("tool", "Found it."),
         ("assistant", "In 1874."),
@@ -219,6 +100,376 @@ def test_what_langchain_agents_say_is_read(model):
         ("user", QUESTIONS[1]),
     ]
     assert model.embed_query([conversation]).shape == (1, 32)
+
+
+# What a tool or a user says in parts, and its text. A model's thoughts are no text, pictures leave a mark.
+PARTS = {
+    "text": (
+        [{"type": "text", "text": "Who painted"}, {"type": "text", "text": "Guernica?"}],
+        "Who painted\nGuernica?",
+    ),
+    "strings": (["Who painted", "Guernica?"], "Who painted\nGuernica?"),
+    "OpenAI's responses": (
+        [{"type": "input_text", "text": "Who?"}, {"type": "output_text", "text": "He."}],
+        "Who?\nHe.",
+    ),
+    "a picture": (
+        [{"type": "image_url", "image_url": {"url": "data:..."}}, {"type": "text", "text": "Who?"}],
+        "[image]\nWho?",
+    ),
+    "a picture without a source": ([{"type": "image"}], "[image]"),
+    "sound": ([{"type": "input_audio", "input_audio": {"data": "...", "format": "wav"}}], "[audio]"),
+    "a file": ([{"type": "file", "file": {"file_data": "..."}}], "[file]"),
+    "a video": ([{"type": "video", "url": "https://example.com/a.mp4"}], "[video]"),
+    "Google's media": ([{"type": "media", "mime_type": "image/png", "data": "..."}], "[image]"),
+    "thoughts": ([{"type": "thinking", "thinking": "Hm."}, {"type": "reasoning", "reasoning": "Hm."}, "He."], "He."),
+    "a refusal": ([{"type": "refusal", "refusal": "I cannot."}], "I cannot."),
+    "JSON": (
+        [{"type": "json", "json": {"year": 1937}}, {"json": {"port": "Málaga"}}],
+        '{"year": 1937}\n{"port": "Málaga"}',
+    ),
+    "a JSON block with other keys": (
+        [{"type": "json", "data": {"year": 1937}}],
+        '{"type": "json", "data": {"year": 1937}}',
+    ),
+    "rows": ([{"title": "Malaga", "text": "A port."}], '{"title": "Malaga", "text": "A port."}'),
+    "documents": ([{"page_content": "A port.", "metadata": {"title": "Malaga"}, "type": "Document"}], "A port."),
+    "documents without a type": ([{"page_content": "A port.", "metadata": {}}], "A port."),
+    "Anthropic's document": ([{"type": "document", "source": {"type": "text", "data": "A port."}}], "A port."),
+    "Anthropic's file": ([{"type": "document", "source": {"type": "base64", "data": "JVBERi0="}}], "[document]"),
+    "search results": (
+        [{"type": "search_result", "title": "Malaga", "content": [{"type": "text", "text": "A port."}]}],
+        "Malaga\nA port.",
+    ),
+    "a tool's result": ([{"type": "tool_result", "tool_use_id": "1", "content": "A port."}], "A port."),
+    "a tool's result in parts": (
+        [{"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "A port."}]}],
+        "A port.",
+    ),
+    "a part of the provider": ([{"type": "non_standard", "value": {"type": "text", "text": "A port."}}], "A port."),
+    "Bedrock's": ([{"text": "A port."}], "A port."),
+    "an empty part": ([{"type": "text"}, {"type": "text", "text": "Who?"}], "Who?"),
+    "nothing": ([], ""),
+}
+
+
+@pytest.mark.parametrize(("content", "text"), PARTS.values(), ids=PARTS)
+def test_parts_of_a_message_are_lines_of_text(content, text):
+    pytest.importorskip("langchain_core")
+    from langchain_core.messages import HumanMessage, ToolMessage
+
+    from native_retrieval.integrations.langchain import conversation_of
+
+    for message in (
+        HumanMessage(content),
+        ToolMessage(content, tool_call_id="1"),
+        {"role": "user", "content": content},
+    ):
+        assert conversation_of([message])[0]["content"] == text
+
+
+def test_tool_calls_and_results_are_kept():
+    pytest.importorskip("langchain_core")
+    from langchain_core.messages import AIMessage, ToolMessage
+
+    from native_retrieval.integrations.langchain import conversation_of
+
+    call = {"type": "function", "id": "1", "function": {"name": "search", "arguments": '{"query": "Málaga"}'}}
+    made = {"name": "search", "args": {"query": "Málaga"}, "id": "1"}
+    spellings = [
+        AIMessage("", tool_calls=[made]),
+        AIMessage([{"type": "tool_use", "name": "search", "input": {"query": "Málaga"}, "id": "1"}]),
+        AIMessage("", additional_kwargs={"tool_calls": [call]}),
+        AIMessage("", invalid_tool_calls=[made | {"args": '{"query": "Málaga"}', "error": None}]),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "assistant", "content": [{"type": "function_call", "call_id": "1", **call["function"]}]},
+    ]
+    for spelling in spellings:
+        assert conversation_of([spelling]) == [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    for field in ({"function_call": call["function"]}, {"refusal": "No."}):
+        for spelling in ({"role": "assistant", "content": None, **field}, AIMessage("", additional_kwargs=field)):
+            assert conversation_of(spelling) == [{"role": "assistant", "content": "", **field}]
+    result = {"role": "tool", "content": "A port.", "tool_call_id": "1", "name": "search"}
+    for message in (ToolMessage("A port.", tool_call_id="1", name="search"), result):
+        assert conversation_of([message]) == [result]
+
+
+def test_turns_that_say_nothing_are_left_out():
+    pytest.importorskip("langchain_core")
+    from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+
+    from native_retrieval.integrations.langchain import conversation_of
+
+    thoughts = AIMessage([{"type": "thinking", "thinking": "Hm."}])
+    result = ToolMessage("", tool_call_id="1")
+    conversation = conversation_of([HumanMessage(QUESTIONS[0]), thoughts, AIMessage(""), result, HumanMessage("")])
+    assert [message["role"] for message in conversation] == ["user", "tool", "user"]
+
+
+def langchain_queries() -> dict:
+    """One conversation, as users of LangChain pass it."""
+    from dataclasses import dataclass
+
+    from langchain_core.chat_history import InMemoryChatMessageHistory
+    from langchain_core.load import dumpd
+    from langchain_core.messages import AIMessageChunk, HumanMessageChunk, convert_to_messages, messages_to_dict
+    from langchain_core.prompt_values import ChatPromptValue
+
+    @dataclass
+    class State:
+        messages: list
+
+    pairs = [({"user": "human", "assistant": "ai"}[turn["role"]], turn["content"]) for turn in CONVERSATION]
+    messages = convert_to_messages(CONVERSATION)
+    return {
+        "messages": messages,
+        "a tuple of messages": tuple(messages),
+        "an array": np.array(CONVERSATION, dtype=object),
+        "pairs": pairs,
+        "OpenAI's dicts": CONVERSATION,
+        "mixed": [pairs[0], messages[1], CONVERSATION[2]],
+        "a state": {"messages": messages},
+        "a state of dicts": {"messages": CONVERSATION, "documents": []},
+        "a state object": State(messages),
+        "a history": InMemoryChatMessageHistory(messages=messages),
+        "a prompt value": ChatPromptValue(messages=messages),
+        "dumped": messages_to_dict(messages),
+        "serialised": [dumpd(message) for message in messages],
+        "typed dicts": [{"type": kind, "content": text} for kind, text in pairs],
+        "chunks": [{"human": HumanMessageChunk, "ai": AIMessageChunk}[kind](text) for kind, text in pairs],
+    }
+
+
+def test_conversations_of_any_shape_are_taken():
+    pytest.importorskip("langchain_core")
+    from native_retrieval.integrations.langchain import conversation_of
+
+    for name, query in langchain_queries().items():
+        assert conversation_of(query) == CONVERSATION, name
+
+
+def test_single_messages_of_any_shape_are_taken():
+    pytest.importorskip("langchain_core")
+    from langchain_core.messages import ChatMessage, HumanMessage
+    from langchain_core.prompt_values import StringPromptValue
+
+    from native_retrieval.integrations.langchain import conversation_of
+
+    wanted = [{"role": "user", "content": QUESTIONS[0]}]
+    spellings = [
+        *(QUESTIONS[0], HumanMessage(QUESTIONS[0]), ("human", QUESTIONS[0]), ("user", QUESTIONS[0]), wanted[0]),
+        *(
+            [QUESTIONS[0]],
+            [("human", QUESTIONS[0])],
+            {"messages": QUESTIONS[0]},
+            {"messages": HumanMessage(QUESTIONS[0])},
+        ),
+        *(StringPromptValue(text=QUESTIONS[0]), ChatMessage(QUESTIONS[0], role="user"), [["human", QUESTIONS[0]]]),
+    ]
+    for spelling in spellings:
+        assert conversation_of(spelling) == wanted, spelling
+
+
+@pytest.mark.parametrize(
+    "query",
+    [None, 7, 1.5, b"Who?", [], {}, {"messages": []}, {"messages": None}, {"question": "Who?"}, [7], [None], [[]], [{}]]
+    + [
+        [{"content": "Who?"}],
+        [("human", "Who?", "When?")],
+        [[CONVERSATION]],
+        object(),
+        "",
+        [("human", "")],
+        [("critic", "No.")],
+    ],
+    ids=repr,
+)
+def test_what_is_no_conversation_is_refused_in_one_line(model, query):
+    pytest.importorskip("langchain_core")
+    from langchain_core.vectorstores import InMemoryVectorStore
+
+    from native_retrieval.integrations.langchain import NativeRetrievalEmbeddings, NativeRetriever
+
+    retriever = NativeRetriever(model=model, store=InMemoryVectorStore(NativeRetrievalEmbeddings(model)))
+    for call in (retriever.invoke, lambda query: asyncio.run(retriever.ainvoke(query))):
+        with pytest.raises(ValueError) as error:
+            call(query)
+        assert_one_line(error)
+        assert "Who?" not in str(error.value)
+
+
+def make_langchain_store(name: str, embeddings, corpus):
+    metadata = [{"tenant": "ab"[number % 2], "number": number} for number in range(len(corpus))]
+    if name == "memory":
+        from langchain_core.vectorstores import InMemoryVectorStore
+
+        return InMemoryVectorStore.from_texts(corpus, embeddings, metadata)
+    return pytest.importorskip("langchain_community.vectorstores").FAISS.from_texts(corpus, embeddings, metadata)
+
+
+@pytest.fixture(params=["memory", "faiss"])
+def langchain_store(request, model, teacher_dir, corpus):
+    pytest.importorskip("langchain_core")
+    from native_retrieval.integrations.langchain import NativeRetrievalEmbeddings
+
+    return make_langchain_store(request.param, NativeRetrievalEmbeddings(model, teacher=str(teacher_dir)), corpus)
+
+
+def tenant(store, name: str):
+    """A filter, as each store has it."""
+    if type(store).__name__ == "FAISS":
+        return {"tenant": name}
+    return lambda document: document.metadata["tenant"] == name
+
+
+SEARCHES = [
+    ("similarity", {}),
+    ("similarity", {"k": 2}),
+    ("similarity", {"k": 1000}),
+    ("similarity", {"filter": "b"}),
+    ("similarity", {"filter": "b", "k": 3}),
+    ("mmr", {"k": 4, "fetch_k": 8, "lambda_mult": 0.2}),
+    ("mmr", {"filter": "a", "k": 4}),
+    ("similarity_score_threshold", {"score_threshold": 0.0, "k": 6}),
+    ("similarity_score_threshold", {"score_threshold": 0.4, "k": 6, "filter": "a"}),
+    ("similarity_score_threshold", {"score_threshold": 2.0}),
+]
+
+
+@pytest.mark.parametrize(("search_type", "arguments"), SEARCHES, ids=str)
+def test_it_searches_as_the_stores_own_retriever(langchain_store, model, search_type, arguments):
+    from native_retrieval.integrations.langchain import NativeRetriever
+
+    arguments = dict(arguments)
+    if "filter" in arguments:
+        arguments["filter"] = tenant(langchain_store, arguments["filter"])
+    own = langchain_store.as_retriever(search_type=search_type, search_kwargs={"k": 5, **arguments})
+    if search_type == "similarity_score_threshold" and type(langchain_store).__name__ == "InMemoryVectorStore":
+        less = {"k": 5} | {name: value for name, value in arguments.items() if name != "score_threshold"}
+        found = langchain_store.similarity_search_with_score(QUESTIONS[0], **less)
+        wanted = [document for document, score in found if score >= arguments["score_threshold"]]
+    else:
+        wanted = own.invoke(QUESTIONS[0])
+    fields = {"model": model, "store": langchain_store, "search_type": search_type}
+    retriever = NativeRetriever(**fields, search_kwargs=arguments)
+    assert retriever.invoke(QUESTIONS[0]) == asyncio.run(retriever.ainvoke(QUESTIONS[0])) == wanted
+    late = {name: value for name, value in arguments.items() if name != "score_threshold"}
+    early = {name: value for name, value in arguments.items() if name == "score_threshold"}
+    retriever = NativeRetriever(**fields, search_kwargs=early)
+    assert retriever.invoke(QUESTIONS[0], **late) == wanted
+    assert asyncio.run(retriever.ainvoke(QUESTIONS[0], **late)) == wanted
+
+
+def test_what_is_given_later_goes_first(langchain_store, model):
+    from native_retrieval.integrations.langchain import NativeRetriever
+
+    a, b = tenant(langchain_store, "a"), tenant(langchain_store, "b")
+    retriever = NativeRetriever(model=model, store=langchain_store, k=1, search_kwargs={"filter": a})
+    for found, number, name in (
+        (retriever.invoke(CONVERSATION), 1, "a"),
+        (retriever.invoke(CONVERSATION, filter=b, k=2), 2, "b"),
+        (retriever.bind(filter=b).invoke(CONVERSATION), 1, "b"),
+        (retriever.batch([CONVERSATION], filter=b, k=3)[0], 3, "b"),
+    ):
+        assert [document.metadata["tenant"] for document in found] == [name] * number
+
+
+def test_many_queries_and_a_prompt_before_it(langchain_store, model, nearest):
+    from langchain_core.messages import convert_to_messages
+    from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
+
+    from native_retrieval.integrations.langchain import NativeRetriever
+
+    retriever = NativeRetriever(model=model, store=langchain_store, k=3)
+    queries = [*QUESTIONS, CONVERSATION, {"messages": convert_to_messages(CONVERSATION)}]
+    wanted = [retriever.invoke(query) for query in queries]
+    assert [document.page_content for document in wanted[2]] == nearest and wanted[2] == wanted[3]
+    assert retriever.batch(queries) == asyncio.run(retriever.abatch(queries)) == wanted
+    prompt = ChatPromptTemplate([("placeholder", "{history}"), ("human", "{question}")])
+    asked = {"history": CONVERSATION[:2], "question": CONVERSATION[2]["content"]}
+    assert (prompt | retriever).invoke(asked) == asyncio.run((prompt | retriever).ainvoke(asked)) == wanted[2]
+    assert (PromptTemplate.from_template("{question}") | retriever).invoke({"question": QUESTIONS[0]}) == wanted[0]
+    assert (retriever | (lambda found: found[0])).invoke(CONVERSATION) == wanted[2][0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"k": 0}, "k is 0"),
+        ({"k": -3}, "k is -3"),
+        ({"k": "many"}, "k"),
+        ({"search_kwargs": {"k": 0}}, "k is 0"),
+        ({"search_kwargs": {"k": None}}, "k is None"),
+        ({"search_kwargs": None}, "search_kwargs"),
+        ({"serch_kwargs": {}}, "'serch_kwargs'"),
+        ({"filter": {}}, "'filter'"),
+        ({"search_type": "hybrid"}, "'hybrid'"),
+        ({"search_type": "similarity_score_threshold"}, "score_threshold is None"),
+        ({"search_type": "similarity_score_threshold", "search_kwargs": {"score_threshold": "high"}}, "'high'"),
+        ({"search_kwargs": {"fliter": {}}}, "did you mean 'filter'"),
+        ({"store": "a store"}, "store"),
+    ],
+    ids=str,
+)
+def test_a_wrong_field_is_refused_in_one_line(langchain_store, model, fields, said):
+    from native_retrieval.integrations.langchain import NativeRetriever
+
+    with pytest.raises(ValueError) as error:
+        NativeRetriever(**{"model": model, "store": langchain_store, **fields})
+    assert_one_line(error)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [({"k": 0}, "k is 0"), ({"fliter": {}}, "'fliter'")], ids=str)
+def test_a_wrong_argument_of_a_call_is_refused_in_one_line(langchain_store, model, arguments, said):
+    from native_retrieval.integrations.langchain import NativeRetriever
+
+    retriever = NativeRetriever(model=model, store=langchain_store)
+    for call in (retriever.invoke, lambda *args, **kwargs: asyncio.run(retriever.ainvoke(*args, **kwargs))):
+        with pytest.raises(ValueError) as error:
+            call(CONVERSATION, **arguments)
+        assert_one_line(error)
+        assert said in str(error.value)
+
+
+def test_what_a_store_does_not_offer_is_refused_in_one_line(model):
+    pytest.importorskip("langchain_core")
+    from langchain_core.documents import Document
+    from langchain_core.vectorstores import VectorStore
+
+    from native_retrieval.integrations.langchain import NativeRetriever
+
+    class Bare(VectorStore):
+        def similarity_search(self, query, k=4, **kwargs):
+            return []
+
+        @classmethod
+        def from_texts(cls, texts, embedding, metadatas=None, **kwargs):
+            return cls()
+
+    class Distances(Bare):
+        """Chroma's way: distances from a method that promises relevance, and a function that turns them."""
+
+        def similarity_search_by_vector_with_relevance_scores(self, embedding, k=4, filter=None, **kwargs):
+            return [(Document("near"), 0.1), (Document("far"), 0.9)][:k]
+
+        def _select_relevance_score_fn(self):
+            return lambda distance: 1 - distance
+
+    arguments = {"score_threshold": 0.5}
+    for search_type in ("similarity", "mmr", "similarity_score_threshold"):
+        kwargs = arguments if "score" in search_type else {}
+        for call in ("invoke", "ainvoke"):
+            with pytest.raises(ValueError, match=f"Bare has no search of type '{search_type}'") as error:
+                retriever = NativeRetriever(model=model, store=Bare(), search_type=search_type, search_kwargs=kwargs)
+                found = getattr(retriever, call)(CONVERSATION)
+                asyncio.run(found)
+            assert_one_line(error)
+    retriever = NativeRetriever(
+        model=model, store=Distances(), search_type="similarity_score_threshold", search_kwargs=arguments
+    )
+    assert [document.page_content for document in retriever.invoke(CONVERSATION)] == ["near"]
+    assert [document.page_content for document in asyncio.run(retriever.ainvoke(CONVERSATION))] == ["near"]
 
 
 def test_what_llama_index_agents_say_is_read(model):
@@ -270,5 +521,99 @@ def test_llama_index(store_name, model, teacher_dir, corpus, nearest):
     retriever = index.as_retriever(similarity_top_k=3)
     messages = [ChatMessage(role=message["role"], content=message["content"]) for message in CONVERSATION]
     assert [found.text for found in retriever.retrieve(embeddings.query(messages))] == nearest
-    found = [found.text for found in retriever.retrieve(QUESTIONS[0])]
-    assert found == [found.text for found in retriever.retrieve(embeddings.query(QUESTIONS[0]))]
+    by_text = retriever.retrieve(QUESTIONS[0])
+    found = [found.text for found in retriever.retrieve(embeddings.query(QUESTIONS[0]))]
+    assert found == [node.text for node in by_text]
+    assert [found.text for found in asyncio.run(retriever.aretrieve(embeddings.query(messages)))] == nearest
+    assert [found.text for found in asyncio.run(retriever.aretrieve(QUESTIONS[0]))] == [node.text for node in by_text]
+    top = index.as_retriever(similarity_top_k=1000)
+    assert len(top.retrieve(embeddings.query(messages))) == len(corpus)
+
+
+def test_conversations_and_messages_of_any_shape_are_queries(model):
+    pytest.importorskip("llama_index.core")
+    from llama_index.core.base.llms.types import ChatMessage
+    from llama_index.core.memory import ChatMemoryBuffer
+
+    from native_retrieval.integrations.llama_index import NativeRetrievalEmbeddings, conversation_of
+
+    embeddings = NativeRetrievalEmbeddings(model)
+    messages = [ChatMessage(role=turn["role"], content=turn["content"]) for turn in CONVERSATION]
+    wanted = model.embed_query(CONVERSATION)[0].tolist()
+    memory = ChatMemoryBuffer.from_defaults(chat_history=messages, token_limit=1000, tokenizer_fn=str.split)
+    spellings = {
+        "messages": messages,
+        "a tuple": tuple(messages),
+        "dicts": CONVERSATION,
+        "dumped": [message.model_dump() for message in messages],
+        "dumped as JSON": [json.loads(message.model_dump_json()) for message in messages],
+        "mixed": [messages[0], *CONVERSATION[1:]],
+        "a state": {"messages": messages},
+        "a memory": memory.get(),
+    }
+    for name, spelling in spellings.items():
+        assert conversation_of(spelling) == CONVERSATION, name
+        query = embeddings.query(spelling)
+        assert np.allclose(query.embedding, wanted, atol=1e-6) and query.query_str == CONVERSATION[-1]["content"]
+    single = model.embed_query(QUESTIONS[0])[0].tolist()
+    message = ChatMessage(role="user", content=QUESTIONS[0])
+    for spelling in (QUESTIONS[0], message, [message], {"role": "user", "content": QUESTIONS[0]}):
+        for query in (embeddings.query(spelling), asyncio.run(embeddings.aquery(spelling))):
+            assert np.allclose(query.embedding, single, atol=1e-6) and query.query_str == QUESTIONS[0]
+
+
+def test_blocks_of_llama_index_are_read():
+    pytest.importorskip("llama_index.core")
+    from llama_index.core.base.llms import types
+    from llama_index.core.schema import Document, NodeWithScore, TextNode
+
+    from native_retrieval.integrations.llama_index import conversation_of
+
+    blocks = [
+        types.ThinkingBlock(content="Hm."),
+        types.TextBlock(text="Who painted"),
+        types.TextBlock(text="Guernica?"),
+        types.ImageBlock(url="https://example.com/guernica.png"),
+        types.AudioBlock(url="https://example.com/a.wav"),
+        types.DocumentBlock(url="https://example.com/a.pdf"),
+        types.CitableBlock(title="Malaga", source="guide", content=[types.TextBlock(text="A port.")]),
+        types.CachePoint(cache_control=types.CacheControl(type="ephemeral")),
+        types.ToolCallBlock(tool_call_id="1", tool_name="search", tool_kwargs={"query": "Guernica"}),
+    ]
+    text = "Who painted\nGuernica?\n[image]\n[audio]\n[document]\nMalaga\nA port."
+    call = {"type": "function", "id": "1", "function": {"name": "search", "arguments": '{"query": "Guernica"}'}}
+    message = types.ChatMessage(role="assistant", blocks=blocks)
+    assert conversation_of(message) == [{"role": "assistant", "content": text, "tool_calls": [call]}]
+    old = types.ChatMessage(role="assistant", content=None, additional_kwargs={"tool_calls": [call]})
+    assert conversation_of(old) == [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    result = types.ChatMessage(
+        role="tool", content="A port.", additional_kwargs={"tool_call_id": "1", "name": "search"}
+    )
+    assert conversation_of(result) == [{"role": "tool", "content": "A port.", "tool_call_id": "1", "name": "search"}]
+    nodes = [NodeWithScore(node=TextNode(text="A port."), score=1.0), Document(text="A painting.")]
+    assert conversation_of({"role": "tool", "content": nodes})[0]["content"] == "A port.\nA painting."
+
+
+@pytest.mark.parametrize(
+    "query", [None, 7, [], {}, {"messages": []}, [None], [{"content": "Who?"}], "", b"Who?"], ids=repr
+)
+def test_what_is_no_query_of_llama_index_is_refused_in_one_line(model, query):
+    pytest.importorskip("llama_index.core")
+    from native_retrieval.integrations.llama_index import NativeRetrievalEmbeddings
+
+    embeddings = NativeRetrievalEmbeddings(model)
+    for call in (embeddings.query, lambda query: asyncio.run(embeddings.aquery(query))):
+        with pytest.raises(ValueError) as error:
+            call(query)
+        assert_one_line(error)
+        assert "Who?" not in str(error.value)
+
+
+def test_an_unknown_field_of_the_embeddings_is_refused(model):
+    pytest.importorskip("llama_index.core")
+    from native_retrieval.integrations.llama_index import NativeRetrievalEmbeddings
+
+    with pytest.raises(ValueError, match="'techer'") as error:
+        NativeRetrievalEmbeddings(model, techer="a-teacher")
+    assert_one_line(error)
+    assert NativeRetrievalEmbeddings(model, embed_batch_size=7, model_name="ours").model_name == "ours"

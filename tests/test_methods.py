@@ -8,7 +8,6 @@ from native_retrieval.conversations import full_history, last_question, turns
 from native_retrieval.data import Task, load_task
 from native_retrieval.index import DocumentIndex
 from native_retrieval.methods import METHODS, Comparison
-from native_retrieval.report import METHOD_ORDER
 
 
 @pytest.fixture
@@ -34,10 +33,6 @@ def user(content: str) -> dict[str, str]:
 
 def assistant(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
-
-
-def test_report_knows_every_method_in_this_order():
-    assert [name for name in METHOD_ORDER if name in METHODS] == list(METHODS)
 
 
 def test_every_method_returns_documents_for_every_query(comparison, task, index):
@@ -70,7 +65,7 @@ def test_native_context_alone_writes_no_query(tiny_model, stub_teacher, index, t
 def test_queries_are_written_once_for_all_methods(comparison, tiny_model, monkeypatch):
     calls = []
     write = tiny_model.write_queries
-    monkeypatch.setattr(tiny_model, "write_queries", lambda prefill: calls.append(0) or write(prefill))
+    monkeypatch.setattr(tiny_model, "write_queries", lambda cache: calls.append(0) or write(cache))
     comparison.runs()
     assert len(calls) == 2  # 6 queries in batches of 4
 
@@ -118,7 +113,7 @@ def test_written_queries_lose_quotes_and_are_never_empty(comparison, tiny_model)
         assert comparison.read_query(0, tokenizer(empty)["input_ids"]) == comparison.last_questions[0]
 
 
-def test_the_question_stands_behind_the_written_query(comparison):
+def test_the_question_is_appended_to_the_written_query(comparison):
     plain = comparison.methods["generate-then-encode"].texts
     longer = comparison.methods["generate-then-encode+question"].texts
     assert plain == comparison.written.queries
@@ -167,13 +162,25 @@ def test_bm25_finds_words_by_their_stems_and_nothing_without_any(comparison):
     assert found[4].keys() >= {"d0_1", "d0_2"}
 
 
-def test_a_prompt_that_is_too_long_names_its_query(make_model, stub_teacher, index, task):
-    model = make_model(max_prompt_tokens=12)
-    with pytest.raises(ValueError, match=r"^query 'q6_1': the last turn alone"):
-        Comparison(model, stub_teacher, index, task.queries, ["native-context"])
-
-
 def test_a_conversation_without_text_names_its_query(tiny_model, stub_teacher, index, task):
     rows = [{"_id": "q", "messages": [{"role": "system", "content": "Be kind."}], "rewrite": ""}]
     with pytest.raises(ValueError, match=r"^query 'q': .*no text"):
         Comparison(tiny_model, stub_teacher, index, Dataset.from_list(rows), ["last-question"])
+
+
+def test_the_tools_of_a_row_are_in_its_prompt(tiny_model, stub_teacher, index, monkeypatch):
+    tools = [{"type": "function", "function": {"name": "search", "parameters": {}}}]
+    rows = [
+        {"_id": name, "messages": [user("Who?")], "rewrite": "", "tools": its}
+        for name, its in (("a", tools), ("b", []))
+    ]
+    queries = Dataset.from_list(rows)
+    encode, seen = type(tiny_model.processor).encode, []
+
+    def spy(self, messages, *, tools=None, **kwargs):
+        seen.append(tools)
+        return encode(self, messages, tools=tools, **kwargs)
+
+    monkeypatch.setattr(type(tiny_model.processor), "encode", spy)
+    Comparison(tiny_model, stub_teacher, index, queries, ["native-context"])
+    assert [its and its[0]["function"]["name"] for its in seen] == ["search", None]

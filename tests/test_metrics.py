@@ -40,10 +40,10 @@ def brute_force(scores: dict[str, float], judged: dict[str, int]) -> tuple[float
     order = sorted(scores, key=lambda doc_id: (scores[doc_id], doc_id), reverse=True)[:10]
     gains = [judged.get(doc_id, 0) for doc_id in order]
     recall = sum(gain >= 1 for gain in gains) / sum(relevance >= 1 for relevance in judged.values())
-    mrr = next((1 / place for place, gain in enumerate(gains, start=1) if gain >= 1), 0.0)
-    dcg = sum(gain / math.log2(place + 1) for place, gain in enumerate(gains, start=1))
+    mrr = next((1 / position for position, gain in enumerate(gains, start=1) if gain >= 1), 0.0)
+    dcg = sum(gain / math.log2(position + 1) for position, gain in enumerate(gains, start=1))
     ideal = sorted(judged.values(), reverse=True)[:10]
-    return recall, mrr, dcg / sum(gain / math.log2(place + 1) for place, gain in enumerate(ideal, start=1))
+    return recall, mrr, dcg / sum(gain / math.log2(position + 1) for position, gain in enumerate(ideal, start=1))
 
 
 @settings(max_examples=150, deadline=None)
@@ -63,7 +63,7 @@ def test_per_query_equals_brute_force_ties_included(run, qrels):
     judged=st.dictionaries(st.sampled_from(DOC_IDS), st.integers(1, 3), min_size=1),
 )
 def test_without_ties_per_query_is_ir_measures(order, judged):
-    run, qrels = {"q": {doc_id: -float(place) for place, doc_id in enumerate(order)}}, {"q": judged}
+    run, qrels = {"q": {doc_id: -float(position) for position, doc_id in enumerate(order)}}, {"q": judged}
     theirs = {str(m.measure): m.value for m in ir_measures.iter_calc([R @ 10, RR @ 10, nDCG @ 10], qrels, run)}
     ours = per_query(run, qrels, ["q"])
     assert [ours["recall@10"], ours["mrr@10"], ours["ndcg@10"]] == [
@@ -75,7 +75,9 @@ def test_without_ties_per_query_is_ir_measures(order, judged):
 @given(run=runs, qrels=qrels_of_three)
 def test_ranks_agree_with_reciprocal_ranks(run, qrels):
     query_ids = ["q0", "q1", "q2"]
-    reciprocal = [1 / place if place is not None and place <= 10 else 0.0 for place in ranks(run, qrels, query_ids)]
+    reciprocal = [
+        1 / position if position is not None and position <= 10 else 0.0 for position in ranks(run, qrels, query_ids)
+    ]
     assert reciprocal == pytest.approx(per_query(run, qrels, query_ids)["mrr@10"])
 
 
@@ -99,7 +101,7 @@ def test_scores_closer_than_float32_keep_their_order():
 
 
 def test_rank_past_the_cutoff_is_none():
-    run = {"q": {f"x{place:04d}": -float(place) for place in range(1200)}}
+    run = {"q": {f"x{position:04d}": -float(position) for position in range(1200)}}
     assert ranks(run, {"q": {"x0999": 1}}, ["q"]) == [1000]
     assert ranks(run, {"q": {"x1000": 1}}, ["q"]) == [None]
     assert ranks(run, {"q": {"x0005": 1}}, ["q"], cutoff=5) == [None]
@@ -148,6 +150,35 @@ def test_evaluate_metric_equals_per_query(keep_in_memory, tmp_path):
         )
     expected = {name: np.mean(values) for name, values in per_query(run, qrels, query_ids).items()}
     assert metric.compute() == pytest.approx(expected)
+    assert metric.compute(run=run, qrels=qrels) == pytest.approx(expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(run=runs, qrels=qrels_of_three)
+def test_the_metric_is_the_mean_of_the_definitions_with_graded_relevance(run, qrels):
+    means = RetrievalMetrics().compute(run=run, qrels=qrels)
+    expected = np.mean([brute_force(run.get(query_id, {}), judged) for query_id, judged in qrels.items()], axis=0)
+    assert [means["recall@10"], means["mrr@10"], means["ndcg@10"]] == pytest.approx(list(expected), abs=1e-9)
+
+
+def test_grades_count():
+    qrels = {"q": {"a": 3, "b": 1}}
+    low, high = ({"q": scores} for scores in ({"b": 2.0, "a": 1.0}, {"a": 2.0, "b": 1.0}))
+    metric = RetrievalMetrics()
+    assert metric.compute(run=low, qrels=qrels)["ndcg@10"] < metric.compute(run=high, qrels=qrels)["ndcg@10"] == 1.0
+
+
+def test_the_metric_downloads_nothing(monkeypatch):
+    import socket
+
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it asks the network"))
+    assert RetrievalMetrics().compute(run={}, qrels={"q": {"d": 1}})["recall@10"] == 0.0
+
+
+@pytest.mark.parametrize("arguments", [{"run": {}}, {"qrels": {"q": {"d": 1}}}, {"run": {}, "qrels": {}}])
+def test_the_metric_needs_a_run_and_judged_queries(arguments):
+    with pytest.raises(ValueError, match=r"pass (both|the qrels)"):
+        RetrievalMetrics().compute(**arguments)
 
 
 def test_bootstrap_covers_the_difference_and_changes_sign():

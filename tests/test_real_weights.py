@@ -11,33 +11,25 @@ from test_hub import LOAD, REPO, TOKEN, run
 
 import eval as eval_script
 from modeling_native_retrieval import NativeRetrievalModel
-from native_retrieval import demo, export
-from native_retrieval.data import load_task
+from native_retrieval import assets, export
+from native_retrieval.data import load_queries, load_task
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def assets() -> demo.Assets:
-    return demo.fetch_assets(demo.FULL.state)
+FOLDER = REPOSITORY / assets.FOLDER  # the demo's own
+BACKBONE, TEACHER = str(FOLDER / assets.BACKBONE), str(FOLDER / assets.TEACHER)
 
 
 @pytest.fixture(scope="module")
-def pushed(assets, beir_data, tmp_path_factory):
+def pushed(beir_data, tmp_path_factory):
     """(the folder of a model trained for a few steps, the Hub that it was pushed to)."""
+    assets.fetch(FOLDER)
     folder = tmp_path_factory.mktemp("real")
     with serve(Hub()) as hub:
-        words = ["train.py", "--backbone", assets.backbone_dir, "--teacher", assets.teacher_dir, "--use_cpu"]
-        words += [
-            "--train_data",
-            beir_data,
-            "--dev_data",
-            beir_data,
-            "--plain_text",
-            beir_data,
-            "--lexical_epochs",
-            "1",
-        ]
+        words = ["train.py", "--backbone", BACKBONE, "--teacher", TEACHER, "--use_cpu"]
+        words += ["--train_data", beir_data, "--dev_data", beir_data, "--plain_text", beir_data]
+        words += ["--lexical_epochs", "1"]
         words += ["--output_dir", folder / "out", "--cache_dir", folder / "cache", "--disable_tqdm", "1"]
         words += ["--num_train_epochs", "2", "--push_to_hub", "--hub_model_id", REPO, "--hub_token", TOKEN]
         process = run(words, hub, folder / "home", OMP_NUM_THREADS="2")
@@ -83,6 +75,18 @@ def test_on_a_processor_a_vector_does_not_depend_on_its_batch_to_the_last_bit(mo
     assert torch.equal(together, torch.cat([output.query_embeddings for output in with_cache]))
 
 
+def test_what_is_generated_from_a_querys_cache_is_what_the_backbone_alone_generates(pushed):
+    """Token for token, over 50 conversations. In float32: in bfloat16 any cache may settle a near tie differently."""
+    model = NativeRetrievalModel.from_pretrained(pushed[0], dtype=torch.float32).eval()
+    settings = {"max_new_tokens": 16, "do_sample": False}
+    for messages in load_queries(assets.HANDWRITTEN)["messages"][:50]:
+        prompt = torch.tensor([model.processor.encode(messages)])
+        alone = model.backbone.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        found = model.embed_query([messages], return_cache=True)
+        after = model.generate(found.input_ids, past_key_values=found.past_key_values, **settings)
+        assert torch.equal(after, alone)
+
+
 def test_vectors_agree_in_every_precision(pushed, conversations):
     exact, *rounded = (
         NativeRetrievalModel.from_pretrained(pushed[0], dtype=dtype).eval().embed_query(conversations)
@@ -116,34 +120,34 @@ def texts(beir_data) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def nearest(model, assets, texts, conversations) -> list[str]:
+def nearest(model, texts, conversations) -> list[str]:
     """The three documents next to the longest conversation of the split, by the model's own vector."""
     from native_retrieval.teacher import Teacher
 
-    scores = Teacher(str(assets.teacher_dir)).encode(texts, "document") @ model.embed_query(conversations[2])[0].numpy()
+    scores = Teacher(TEACHER).encode(texts, "document") @ model.embed_query(conversations[2])[0].numpy()
     return [texts[row] for row in np.argsort(-scores, kind="stable")[:3]]
 
 
-def test_langchain(model, assets, texts, nearest, conversations):
+def test_langchain(model, texts, nearest, conversations):
     pytest.importorskip("langchain_core")
     from langchain_core.messages import convert_to_messages
     from langchain_core.vectorstores import InMemoryVectorStore
 
     from native_retrieval.integrations.langchain import NativeRetrievalEmbeddings, NativeRetriever
 
-    embeddings = NativeRetrievalEmbeddings(model, teacher=str(assets.teacher_dir))
+    embeddings = NativeRetrievalEmbeddings(model, teacher=TEACHER)
     store = InMemoryVectorStore.from_texts(texts, embeddings)
     found = NativeRetriever(model=model, store=store, k=3).invoke(convert_to_messages(conversations[2]))
     assert [document.page_content for document in found] == nearest
 
 
-def test_llama_index(model, assets, texts, nearest, conversations):
+def test_llama_index(model, texts, nearest, conversations):
     core = pytest.importorskip("llama_index.core")
     from llama_index.core.base.llms.types import ChatMessage
 
     from native_retrieval.integrations.llama_index import NativeRetrievalEmbeddings
 
-    embeddings = NativeRetrievalEmbeddings(model, teacher=str(assets.teacher_dir))
+    embeddings = NativeRetrievalEmbeddings(model, teacher=TEACHER)
     index = core.VectorStoreIndex.from_documents([core.Document(text=text) for text in texts], embed_model=embeddings)
     messages = [ChatMessage(role=message["role"], content=message["content"]) for message in conversations[2]]
     found = index.as_retriever(similarity_top_k=3).retrieve(embeddings.query(messages))

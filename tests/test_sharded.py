@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from native_retrieval import cache as cache_module
+from native_retrieval.cache import Shard, cached_rows, num_rows, slices
 from native_retrieval.features import FeatureStore, cached_queries
-from native_retrieval.shards import Shard, cached_rows, num_rows, slices
 
 ROWS = 53
 WHOLE = np.arange(2 * ROWS, dtype=np.float32).reshape(ROWS, 2)
@@ -77,11 +78,15 @@ def test_a_computation_that_fails_leaves_no_array(tmp_path: Path):
 
 
 def test_a_write_that_fails_leaves_no_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seal = cache_module.seal
+
     def fail(path: Path, checksum: str) -> None:
-        raise OSError("No space left on device")
+        if path.suffix == ".npy":
+            raise OSError("No space left on device")
+        seal(path, checksum)
 
     with monkeypatch.context() as patch:
-        patch.setattr("native_retrieval.shards.seal", fail)
+        patch.setattr("native_retrieval.cache.seal", fail)
         with pytest.raises(OSError, match="No space"):
             compute(tmp_path)
     assert not list(tmp_path.glob("name.npy*"))

@@ -1,6 +1,6 @@
 # Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
 """
-LangChain: embeddings for any vector store, and a retriever that takes the messages themselves.
+LangChain: embeddings for any vector store, and a retriever whose query is the conversation.
 
     from langchain_core.vectorstores import InMemoryVectorStore
     from native_retrieval.integrations.langchain import NativeRetrievalEmbeddings, NativeRetriever
@@ -9,40 +9,69 @@ LangChain: embeddings for any vector store, and a retriever that takes the messa
     store.add_texts(["Guernica is a painting by Pablo Picasso.", "Málaga is a port in Andalusia."])
     NativeRetriever(model=model, store=store).invoke([HumanMessage("Who painted Guernica?"), ...])
 
-Where the store exists already, no teacher is loaded: leave it out.
+If the store exists already, leave the teacher out: it is not loaded.
 """
 
+import difflib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
-from langchain_core.messages import BaseMessage, convert_to_openai_messages
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.vectorstores import VectorStore
+from langchain_core.runnables import run_in_executor
+from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
+from pydantic import ConfigDict, Field, ValidationError
 
 from ..teacher import teacher_of
-from . import ROLES
+from .messages import as_conversation, message_of
+
+# The store's method for each type of search. For scores, stores name it differently: the first that the store has.
+SEARCHES = {
+    "similarity": ("similarity_search_by_vector",),
+    "mmr": ("max_marginal_relevance_search_by_vector",),
+    "similarity_score_threshold": (
+        "similarity_search_with_score_by_vector",
+        "similarity_search_by_vector_with_relevance_scores",
+        "similarity_search_by_vector_with_score",
+    ),
+}
 
 
-def conversation_of(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
-    """LangChain's messages as a model takes them: roles and text, without pictures and what a model has thought."""
-    roles = [convert_to_openai_messages(message)["role"] for message in messages]
-    return [
-        {"role": ROLES.get(role, role), "content": str(message.text)}
-        for role, message in zip(roles, messages, strict=True)
-    ]
+def conversation_of(query: Any) -> list[dict[str, Any]]:
+    """
+    LangChain's messages as OpenAI-shaped dicts, which a model takes. What a model has thought is left out.
+
+    Args:
+        query: text, a message, a sequence of messages (also `("human", "...")` tuples and dicts), a prompt value, or
+            anything that holds `messages`, such as a graph's state.
+
+    Raises:
+        `ValueError`: for anything else, and for no messages.
+    """
+    return as_conversation(query, _message)
+
+
+def _message(message: Any) -> dict[str, Any] | None:
+    if not isinstance(message, BaseMessage):
+        return None
+    fields = {**message.additional_kwargs, **vars(message)}
+    if isinstance(message, AIMessage):
+        fields["tool_calls"] = [*message.tool_calls, *message.invalid_tool_calls]
+    role = getattr(message, "role", message.type.removesuffix("MessageChunk").lower())
+    return message_of(role, message.content, fields)
 
 
 class NativeRetrievalEmbeddings(Embeddings):
     """
-    Queries by a language model's own hidden states, documents by its teacher.
+    Queries are embedded by a language model's own hidden states, documents by its teacher.
 
     Args:
-        model (`NativeRetrievalModel`): a trained model, as `AutoModel.from_pretrained` gives it.
-        teacher (`str`, *optional*): name or path of its teacher, for adding documents. A store that is only searched
-            needs none.
+        model (`NativeRetrievalModel`): a trained model, as `AutoModel.from_pretrained` returns it.
+        teacher (`str`, *optional*): name or path of its teacher, for adding documents. Searching needs none.
 
     Raises:
         `ValueError`: if `teacher` is not the model's.
@@ -53,7 +82,7 @@ class NativeRetrievalEmbeddings(Embeddings):
         self.teacher = teacher_of(model.config, teacher) if teacher else None
 
     def embed_query(self, text: str) -> list[float]:
-        return self.model.embed_query(text)[0].tolist()
+        return self.model.embed_query([conversation_of(text)])[0].tolist()
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         if self.teacher is None:
@@ -66,21 +95,110 @@ class NativeRetrievalEmbeddings(Embeddings):
 
 class NativeRetriever(BaseRetriever):
     """
-    The documents of a vector store for a conversation, or for a single question.
+    The documents of a vector store for a conversation, or for a single question; see [`conversation_of`].
+
+    It searches as `store.as_retriever()` does, by vector instead of by text. Arguments of `invoke`, such as `filter` and
+    `k`, go before `search_kwargs`, and these before `k`.
 
     Args:
         model (`NativeRetrievalModel`): a trained model.
         store (`VectorStore`): holds the teacher's vectors; any store that can be searched by vector.
-        k (`int`): documents to return.
+        k (`int`): number of documents to return.
+        search_type (`str`): `"similarity"`, `"mmr"` or `"similarity_score_threshold"`, if the store has it by vector.
+        search_kwargs (`dict`): further arguments of the store's search, such as `filter` or `score_threshold`.
+
+    Raises:
+        `ValueError`: for an unknown field, or a wrong value of one.
     """
 
     model: Any
     store: VectorStore
     k: int = 5
+    search_type: str = "similarity"
+    search_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    model_config = ConfigDict(extra="forbid")
+
+    def __init__(self, **fields: Any) -> None:
+        if unknown := sorted(fields.keys() - type(self).model_fields.keys()):
+            raise ValueError(
+                f"NativeRetriever has no field {unknown[0]!r}, wanted one of {', '.join(type(self).model_fields)}; "
+                "give the store's own arguments in search_kwargs."
+            )
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            raise ValueError(f"NativeRetriever has a field that does not fit ({wrong}).") from None
+        self._plan({})
+
+    def _plan(self, given: dict[str, Any]) -> tuple[str, dict[str, Any], float | None]:
+        """The name of the store's method, its arguments, and the lowest score."""
+        arguments = {"k": self.k, **self.search_kwargs, **given}
+        if self.search_type not in SEARCHES:
+            raise ValueError(f"search_type is {self.search_type!r}, wanted one of {', '.join(SEARCHES)}.")
+        if not isinstance(k := arguments["k"], int) or k < 1:
+            raise ValueError(f"k is {k!r}, wanted at least 1; ask for the number of documents that you want back.")
+        threshold = None
+        if self.search_type == "similarity_score_threshold":
+            threshold = arguments.pop("score_threshold", None)
+            if not isinstance(threshold, int | float):
+                raise ValueError(
+                    f"score_threshold is {threshold!r}, wanted a number from 0 to 1; give it in search_kwargs."
+                )
+        known = _parameters(type(self.store))
+        for name in arguments.keys() - known:
+            if meant := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+                raise ValueError(
+                    f"{type(self.store).__name__} has no search argument {name!r}; did you mean {meant[0]!r}?"
+                )
+        methods = [name for name in SEARCHES[self.search_type] if hasattr(self.store, name)]
+        if not methods:
+            raise self._refusal()
+        return methods[0], arguments, threshold
+
+    def _refusal(self) -> ValueError:
+        return ValueError(
+            f"{type(self.store).__name__} has no search of type {self.search_type!r} by vector, wanted one of "
+            f"{', '.join(SEARCHES)} that it has; give another search_type or store."
+        )
+
+    def _relevant(self, found: list, threshold: float | None) -> list[Document]:
+        if threshold is None:
+            return found
+        if isinstance(self.store, InMemoryVectorStore):  # it has no such function; its scores are cosines
+            return [document for document, score in found if score >= threshold]
+        relevance = self.store._select_relevance_score_fn()
+        return [document for document, score in found if relevance(score) >= threshold]
 
     def _get_relevant_documents(
-        self, query: str | Sequence[BaseMessage], *, run_manager: CallbackManagerForRetrieverRun
+        self, query: Any, *, run_manager: CallbackManagerForRetrieverRun, **given: Any
     ) -> list[Document]:
-        conversation = query if isinstance(query, str) else conversation_of(query)
-        vector = self.model.embed_query([conversation])[0].tolist()
-        return self.store.similarity_search_by_vector(vector, k=self.k)
+        method, arguments, threshold = self._plan(given)
+        vector = self.model.embed_query([conversation_of(query)])[0].tolist()
+        try:
+            return self._relevant(getattr(self.store, method)(vector, **arguments), threshold)
+        except NotImplementedError as error:
+            raise self._refusal() from error
+
+    async def _aget_relevant_documents(
+        self, query: Any, *, run_manager: AsyncCallbackManagerForRetrieverRun, **given: Any
+    ) -> list[Document]:
+        method, arguments, threshold = self._plan(given)
+        conversation = conversation_of(query)
+        vector = (await run_in_executor(None, self.model.embed_query, [conversation]))[0].tolist()
+        try:
+            if hasattr(self.store, f"a{method}"):
+                found = await getattr(self.store, f"a{method}")(vector, **arguments)
+            else:
+                found = await run_in_executor(None, getattr(self.store, method), vector, **arguments)
+            return self._relevant(found, threshold)
+        except NotImplementedError as error:
+            raise self._refusal() from error
+
+
+def _parameters(store: type[VectorStore]) -> set[str]:
+    """The names of the arguments that any search of a store has."""
+    searches: Sequence[Any] = [getattr(store, name) for name in dir(store) if "search" in name]
+    names = (name for search in searches if callable(search) for name in inspect.signature(search).parameters)
+    return {"score_threshold", *names}

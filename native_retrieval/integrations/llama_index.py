@@ -1,6 +1,6 @@
 # Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
 """
-LlamaIndex: an embedding model for its indexes, and conversations as queries.
+LlamaIndex: an embedding model for its indexes, whose query may be a conversation.
 
     from llama_index.core import Document, VectorStoreIndex
     from native_retrieval.integrations.llama_index import NativeRetrievalEmbeddings
@@ -11,7 +11,6 @@ LlamaIndex: an embedding model for its indexes, and conversations as queries.
 """
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
@@ -20,27 +19,51 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import QueryBundle
 
 from ..teacher import teacher_of
-from . import ROLES
+from .messages import as_conversation, message_of
+
+
+def conversation_of(query: Any) -> list[dict[str, Any]]:
+    """
+    LlamaIndex's messages as OpenAI-shaped dicts, which a model takes. What a model has thought is left out.
+
+    Args:
+        query: text, a message, a sequence of messages (also dicts), or anything that holds `messages`.
+
+    Raises:
+        `ValueError`: for anything else, and for no messages.
+    """
+    return as_conversation(query, _message)
+
+
+def _message(message: Any) -> dict[str, Any] | None:
+    if not isinstance(message, ChatMessage):
+        return None
+    return message_of(message.role, message.blocks, message.additional_kwargs)
 
 
 class NativeRetrievalEmbeddings(BaseEmbedding):
     """
-    Queries by a language model's own hidden states, documents by its teacher.
+    Queries are embedded by a language model's own hidden states, documents by its teacher.
 
     Args:
-        model (`NativeRetrievalModel`): a trained model, as `AutoModel.from_pretrained` gives it.
-        teacher (`str`, *optional*): name or path of its teacher, for adding documents. An index that is only searched
-            needs none.
+        model (`NativeRetrievalModel`): a trained model, as `AutoModel.from_pretrained` returns it.
+        teacher (`str`, *optional*): name or path of its teacher, for adding documents. Searching needs none.
+        fields: those of LlamaIndex's `BaseEmbedding`.
 
     Raises:
-        `ValueError`: if `teacher` is not the model's.
+        `ValueError`: if `teacher` is not the model's, or for an unknown field.
     """
 
     _model: Any = PrivateAttr()
     _teacher: Any = PrivateAttr()
 
-    def __init__(self, model, teacher: str | None = None, **kwargs):
-        super().__init__(model_name=model.config.name_or_path or "native-retrieval", **kwargs)
+    def __init__(self, model, teacher: str | None = None, **fields):
+        if unknown := sorted(fields.keys() - type(self).model_fields.keys()):
+            raise ValueError(
+                f"NativeRetrievalEmbeddings has no field {unknown[0]!r}, wanted model, teacher, or one of "
+                f"{', '.join(type(self).model_fields)}."
+            )
+        super().__init__(**{"model_name": model.config.name_or_path or "native-retrieval", **fields})
         self._model = model
         self._teacher = teacher_of(model.config, teacher) if teacher else None
 
@@ -48,24 +71,21 @@ class NativeRetrievalEmbeddings(BaseEmbedding):
     def class_name(cls) -> str:
         return "NativeRetrievalEmbeddings"
 
-    def query(self, messages: str | Sequence[ChatMessage]) -> QueryBundle:
-        """A conversation (or question) as a query that any retriever of LlamaIndex takes."""
-        if isinstance(messages, str):
-            return QueryBundle(messages, embedding=self._get_query_embedding(messages))
-        conversation = [
-            {"role": ROLES.get(message.role.value, message.role.value), "content": message.content or ""}
-            for message in messages
-        ]
-        return QueryBundle(conversation[-1]["content"], embedding=self._embed(conversation))
+    def query(self, messages: Any) -> QueryBundle:
+        """A conversation (or question), see [`conversation_of`], as a query for any retriever of LlamaIndex."""
+        conversation = conversation_of(messages)
+        text = next((message["content"] for message in reversed(conversation) if message["content"].strip()), "")
+        return QueryBundle(text, embedding=self._get_query_embedding(conversation))
 
-    def _embed(self, conversation) -> Embedding:
-        return self._model.embed_query([conversation])[0].tolist()
+    async def aquery(self, messages: Any) -> QueryBundle:
+        """As [`query`], in a thread."""
+        return await asyncio.to_thread(self.query, messages)
 
-    def _get_query_embedding(self, query: str) -> Embedding:
-        return self._embed(query)
+    def _get_query_embedding(self, query: Any) -> Embedding:
+        return self._model.embed_query([conversation_of(query)])[0].tolist()
 
-    async def _aget_query_embedding(self, query: str) -> Embedding:
-        return await asyncio.to_thread(self._embed, query)
+    async def _aget_query_embedding(self, query: Any) -> Embedding:
+        return await asyncio.to_thread(self._get_query_embedding, query)
 
     def _get_text_embedding(self, text: str) -> Embedding:
         return self._get_text_embeddings([text])[0]
@@ -77,3 +97,6 @@ class NativeRetrievalEmbeddings(BaseEmbedding):
                 f"teacher={self._model.config.teacher_name_or_path!r}"
             )
         return self._teacher.encode(texts, "document").tolist()
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
+        return await asyncio.to_thread(self._get_text_embeddings, texts)

@@ -1,7 +1,7 @@
 # Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
 """
-Conversations in mteb: a BEIR folder with messages as a retrieval task, and an encoder that gets the messages themselves,
-where mteb's own hands every model one flattened string.
+Conversations in mteb: a BEIR folder with messages as a retrieval task, and an encoder that gets the messages. mteb's own
+wrapper joins them into one string. mteb keeps the roles and contents of messages only: no tools, no tool calls.
 
     import mteb
     from sentence_transformers import SentenceTransformer
@@ -24,7 +24,7 @@ from ..data import load_task
 
 
 class ConversationEncoder(SentenceTransformerEncoderWrapper):
-    """mteb's wrapper of a SentenceTransformer, for one whose `encode_query` takes conversations (`export.py`)."""
+    """mteb's wrapper, for a SentenceTransformer whose `encode_query` takes conversations (see `export.py`)."""
 
     def encode(self, inputs: DataLoader, *, prompt_type: PromptType | None = None, **kwargs) -> np.ndarray:
         if prompt_type != PromptType.query or "conversation" not in inputs.dataset.column_names:
@@ -37,7 +37,7 @@ class ConversationEncoder(SentenceTransformerEncoderWrapper):
 
 def retrieval_task(source: str | os.PathLike[str], split: str = "test") -> AbsTaskRetrieval:
     """
-    A folder (or Hub id) of corpus, queries with messages and qrels, see `data.py`, as a task for `mteb.evaluate`.
+    A folder or Hub id with corpus, queries with messages, and qrels (see `data.py`) as a task for `mteb.evaluate`.
 
     Raises:
         `DataError`: naming every bad row.

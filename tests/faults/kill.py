@@ -1,13 +1,13 @@
 """
-Kills the steps of the recipe at random moments (SIGKILL), starts the same again, and compares with an undisturbed run.
+Kills the steps of the recipe at random moments (SIGKILL), starts them again, and compares with an undisturbed run.
 
-    python tests/faults/kill.py --kills 64 --seed 0 --output results/faults.json
+    python tests/faults/kill.py --output results/faults.json
 
 Each run is a process of its own, forked from this one, which has imported everything and made tiny random models. In a
-trial a run is killed once, or a second time when it has gone on, at moments drawn evenly from the time that an undisturbed
-run takes; then it is started and left alone. A trial counts as `lost` if that last run does not come to an end or leaves
-nothing that can be read, and as `differing` if its result is not bit for bit the undisturbed run's (weights: within 1e-6),
-or if a reader would have found anything but the whole old, the whole new, or a refusal right after a kill.
+trial, a run is killed once or twice, at moments drawn uniformly from the duration of an undisturbed run; then it is started
+once more and left alone. The trial is `lost` if this last run does not end well or its result cannot be read. It is
+`differing` if its result is not the undisturbed run's, bit by bit (weights: within 1e-6), or if a reader right after a kill
+finds anything but the whole old result, the whole new one, or a refusal.
 """
 
 import argparse
@@ -51,6 +51,7 @@ from native_retrieval.loading import load_model
 from native_retrieval.teacher import Teacher
 from native_retrieval.trainer import NativeRetrievalTrainer
 
+KILLS = 64
 TOLERANCE = 1e-6
 PATIENCE = 120.0  # seconds after which a run counts as one that never ends
 
@@ -86,7 +87,7 @@ def own_locks() -> None:
 
 
 def start(step: Step, folder: Path) -> int:
-    """Begins a run, and returns its process's number. What it prints goes to `folder/log`."""
+    """Starts a run, and returns its process id. Its output goes to `folder/log`."""
     sys.stdout.flush()
     sys.stderr.flush()
     if process := os.fork():
@@ -135,7 +136,7 @@ def ends_well(step: Step, folder: Path) -> bool:
 
 
 def difference(result: Result, wanted: Result) -> str:
-    """What is not as it should be, in words; empty if nothing."""
+    """How a result differs from the wanted one, in words; empty if it does not."""
     if result.keys() != wanted.keys():
         return f"other parts: {sorted(result.keys() ^ wanted.keys())}"
     for name, value in result.items():
@@ -148,7 +149,7 @@ def difference(result: Result, wanted: Result) -> str:
 
 
 def undisturbed(step: Step, folder: Path, runs: int) -> tuple[Result, float]:
-    """What a run makes when it is left alone, and how many seconds it takes."""
+    """The result of a run that is left alone, and its seconds."""
     results, seconds = [], []
     for number in range(runs):
         place = folder / f"undisturbed-{number}"
@@ -236,144 +237,130 @@ def refused(read: Callable[[], Result]) -> Result | None:
         return None
 
 
-def make_steps(place: Path, small: bool = False) -> list[Step]:
-    """Tiny random models and data in `place`, and the steps over them."""
-    part = 0.2 if small else 1
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        initializer_range=0.15,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(place / "backbone")
-    tokenizer.save_pretrained(place / "backbone")
-    words = StaticEmbedding(tokenizer.backend_tokenizer, embedding_dim=32)
-    SentenceTransformer(modules=[words, Normalize()], device="cpu").save(
-        str(place / "teacher"), create_model_card=False
-    )
-    data = write_beir_folder(place / "beir")
-    teacher = Teacher(str(place / "teacher"))
+class World:
+    """Tiny random models and data in a folder, and what the steps do with them."""
 
-    def new_model():
+    def __init__(self, place: Path, small: bool) -> None:
+        self.place, self.small = place, small
+        part = 0.2 if small else 1
+        torch.manual_seed(0)
+        tokenizer = make_tokenizer()
+        tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            initializer_range=0.15,
+            max_position_embeddings=512,
+            **tokens,
+        )
+        LlamaForCausalLM(config).save_pretrained(place / "backbone")
+        tokenizer.save_pretrained(place / "backbone")
+        words = StaticEmbedding(tokenizer.backend_tokenizer, embedding_dim=32)
+        encoder = SentenceTransformer(modules=[words, Normalize()], device="cpu")
+        encoder.save(str(place / "teacher"), create_model_card=False)
+        self.data = write_beir_folder(place / "beir")
+        self.teacher = Teacher(str(place / "teacher"))
+        self.model = self.new_model()
+        rng = np.random.default_rng(0)
+        self.prompts = [rng.integers(3, 400, rng.integers(5, 60)).tolist() for _ in range(int(600 * part))]
+        self.texts = [f"{sentence} {number}" for number in range(int(2000 * part)) for sentence in SENTENCES]
+        self.rows = int(20_000 * part)
+        vectors = rng.normal(size=(self.rows, 32)).astype(np.float32)
+        self.vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        columns = {"_id": [f"d{i}" for i in range(self.rows)], "title": [""] * self.rows}
+        self.documents = datasets.Dataset.from_dict({**columns, "text": self.texts[: self.rows]})
+        other = self.new_model()
+        with torch.no_grad():
+            for parameter in other.query_head.parameters():
+                parameter.add_(1.0)
+        other.save_pretrained(place / "other")
+        arguments = NativeRetrievalTrainingArguments(
+            **{"output_dir": str(place / "out"), "use_cpu": True},
+            **{"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False},
+        )
+        self.trainer = NativeRetrievalTrainer(self.model, arguments)
+
+    def new_model(self):
         return from_backbone(
-            str(place / "backbone"),
-            teacher,
-            teacher_name_or_path=str(place / "teacher"),
-            teacher_fingerprint=teacher.fingerprint,
+            str(self.place / "backbone"),
+            self.teacher,
+            teacher_name_or_path=str(self.place / "teacher"),
+            teacher_fingerprint=self.teacher.fingerprint,
             head_dim=32,
             head_num_attention_heads=4,
             max_query_tokens=8,
         )
 
-    model = new_model()
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, 400, rng.integers(5, 60)).tolist() for _ in range(int(600 * part))]
-    texts = [f"{sentence} {number}" for number in range(int(2000 * part)) for sentence in SENTENCES]
-    rows = int(20_000 * part)
-    vectors = rng.normal(size=(rows, 32)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    documents = datasets.Dataset.from_dict(
-        {"_id": [f"d{i}" for i in range(rows)], "title": [""] * rows, "text": texts[:rows]}
-    )
-
-    def hidden_states(folder: Path) -> None:
+    def hidden_states(self, folder: Path) -> None:
         features.SHARD_TOKENS = 1024  # in a process of its own; a kill should come between shards, too
-        FeatureStore.build(model, prompts, folder, tokens_per_batch=128)
+        FeatureStore.build(self.model, self.prompts, folder, tokens_per_batch=128)
 
-    def queries(folder: Path) -> None:
+    def queries(self, folder: Path) -> None:
         features.SHARD_QUERIES = 16
-        cached_queries(model, prompts[: int(160 * part)], folder, batch_size=2)
+        cached_queries(self.model, self.prompts[: len(self.prompts) * 4 // 15], folder, batch_size=2)
 
-    def teacher_of(folder: Path) -> Teacher:
-        teacher.cache_dir = folder
-        return teacher
+    def teacher_in(self, folder: Path) -> Teacher:
+        self.teacher.cache_dir = folder
+        return self.teacher
 
-    def train_py(folder: Path, cache: Path, *more: str) -> None:
-        words = ["--backbone", place / "backbone", "--teacher", place / "teacher", "--train_data", data]
-        words += ["--dev_data", data, "--output_dir", folder / "out", "--cache_dir", cache, "--plain_text", data]
-        words += ["--query_modes", "context", "generated"]
-        words += ["--head_dim", 32, "--head_num_attention_heads", 4, "--max_query_tokens", 8, "--rank_top_k", 8]
+    def train(self, folder: Path, cache: Path, epochs: int, *more: str) -> None:
+        words = ["--backbone", self.place / "backbone", "--teacher", self.place / "teacher", "--cache_dir", cache]
+        words += ["--train_data", self.data, "--dev_data", self.data, "--plain_text", self.data]
+        words += ["--output_dir", folder / "out", "--query_modes", "context", "generated", "--max_query_tokens", 8]
+        words += ["--head_dim", 32, "--head_num_attention_heads", 4, "--rank_top_k", 8, "--max_prompt_tokens", 100]
         words += ["--per_device_train_batch_size", 8, "--lexical_epochs", 1, "--num_plain_texts", 20]
-        words += ["--max_prompt_tokens", 100, "--use_cpu", "true", "--seed", 3, "--resume", *more]
+        words += ["--num_train_epochs", epochs, "--use_cpu", "true", "--seed", 3, "--resume", *more]
         train.main([str(word) for word in words])
 
-    def build(folder: Path, rows: int, **options) -> None:
-        DocumentIndex.build(
-            documents.select(range(rows)), vectors[:rows], teacher.fingerprint, "tiny", folder / "index", **options
-        )
+    def build(self, folder: Path, rows: int, **options) -> None:
+        documents, fingerprint = self.documents.select(range(rows)), self.teacher.fingerprint
+        DocumentIndex.build(documents, self.vectors[:rows], fingerprint, "tiny", folder / "index", **options)
 
-    arguments = NativeRetrievalTrainingArguments(
-        **{"output_dir": str(place / "out"), "use_cpu": True},
-        **{"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False},
-    )
-    trainer = NativeRetrievalTrainer(model, arguments)
-    other = new_model()
-    with torch.no_grad():
-        for parameter in other.query_head.projection.parameters():
-            parameter.add_(1.0)
-    other.save_pretrained(place / "other")
 
+def index_files(folder: Path) -> Result:
+    DocumentIndex.load(folder / "index")
+    return files(folder / "index", "**/*")
+
+
+def make_steps(place: Path, small: bool = False) -> list[Step]:
+    world = World(place, small)
+    epochs = 1 if small else 2
+    each_step = ("--save_strategy", "steps", "--save_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1")
+    trained = {
+        "read": lambda folder: weights(folder / "out"),
+        "glance": lambda folder: refused(lambda: weights(folder / "out")),
+    }
     return [
-        Step(
-            "features",
-            hidden_states,
-            lambda folder: files(folder, "features-*.npy"),
-        ),
-        Step(
-            "queries",
-            queries,
-            lambda folder: files(folder, "queries-*.json"),
-        ),
+        Step("features", world.hidden_states, lambda folder: files(folder, "features-*.npy")),
+        Step("queries", world.queries, lambda folder: files(folder, "queries-*.json")),
         Step(
             "teacher vectors",
-            lambda folder: teacher_of(folder).cached(texts, "document", "Vectors"),
+            lambda folder: world.teacher_in(folder).cached(world.texts, "document", "Vectors"),
             lambda folder: files(folder, "vectors-*.npy"),
         ),
         Step(
             "teacher ranking",
-            lambda folder: teacher_of(folder).ranking(vectors, vectors[:4000]),
+            lambda folder: world.teacher_in(folder).ranking(world.vectors, world.vectors[:4000]),
             lambda folder: files(folder, "ranking-*.npy"),
         ),
-        Step(
-            "training",
-            lambda folder: train_py(folder, folder / "cache", "--num_train_epochs", "2" if small else "3"),
-            lambda folder: weights(folder / "out"),
-            glance=lambda folder: refused(lambda: weights(folder / "out")),
-        ),
-        Step(
-            "checkpoints",
-            lambda folder: train_py(
-                folder,
-                place / "cache",
-                *("--num_train_epochs", "1" if small else "2", "--save_strategy", "steps", "--save_steps", "1"),
-                *("--eval_strategy", "steps", "--eval_steps", "1"),
-            ),
-            lambda folder: weights(folder / "out"),
-            glance=lambda folder: refused(lambda: weights(folder / "out")),
-        ),
+        Step("training", lambda folder: world.train(folder, folder / "cache", epochs + 1), **trained),
+        Step("checkpoints", lambda folder: world.train(folder, place / "cache", epochs, *each_step), **trained),
         Step(
             "saving",
-            lambda folder: trainer.save_model(str(folder / "model")),
+            lambda folder: world.trainer.save_model(str(folder / "model")),
             lambda folder: weights(folder / "model"),
             before=lambda folder: shutil.copytree(place / "other", folder / "model"),
             glance=lambda folder: refused(lambda: weights(folder / "model")),
         ),
         Step(
             "index",
-            lambda folder: build(folder, rows, overwrite=True),
-            lambda folder: files(DocumentIndex.load(folder / "index") and folder / "index", "**/*"),
-            before=lambda folder: build(folder, 100),
-            glance=lambda folder: refused(
-                lambda: files(DocumentIndex.load(folder / "index") and folder / "index", "**/*")
-            ),
+            lambda folder: world.build(folder, world.rows, overwrite=True),
+            index_files,
+            before=lambda folder: world.build(folder, 100),
+            glance=lambda folder: refused(lambda: index_files(folder)),
         ),
     ]
 
@@ -383,8 +370,8 @@ def make_steps(place: Path, small: bool = False) -> list[Step]:
 
 def main(argv: list[str]) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=64, help="in all, spread over the steps (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--kills", type=int, default=KILLS, help="in all, spread over the steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="a fifth of the work, and one undisturbed run, for tests")
     parser.add_argument("--steps", nargs="+", metavar="STEP", help="some of the steps only")
     parser.add_argument("--output", type=Path, help="where the figures go, as JSON")
