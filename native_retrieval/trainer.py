@@ -17,7 +17,7 @@ from .arguments import NativeRetrievalTrainingArguments
 from .checkpoints import HeadCheckpoints
 from .dataset import PROMPT_KEYS, GroupedByLength, RetrievalExamples, collate
 from .losses import alignment_loss, loss_parts
-from .metrics import MEASURES, per_query
+from .metrics import MEASURES, RetrievalMetrics
 from .preflight import check_batch
 from .progress import StageProgress
 from .teacher import search
@@ -242,8 +242,7 @@ class NativeRetrievalTrainer(HeadCheckpoints):
             for number, found, values in zip(numbers, documents, scores, strict=True)
         }
         qrels = {examples.ids[number]: examples.qrels[number] for number in numbers}
-        metrics = per_query(run, qrels, list(run))
-        return {name: float(np.mean(values)) for name, values in metrics.items()}
+        return RetrievalMetrics().compute(run=run, qrels=qrels)
 
     def set_repulsion_threshold(self, value: float | None = None) -> None:
         """
