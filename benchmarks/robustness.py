@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from matplotlib.figure import Figure
 
-from native_retrieval.augmentation import with_distractor_turns, with_typos
+from native_retrieval.augmentation import others_by_name, with_distractor_turns, with_typos
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_task
 from native_retrieval.evaluation import cached_index
@@ -143,10 +143,7 @@ def main() -> None:
     index = cached_index(arguments.cache_dir, task, teacher)
     everyone = list(task.queries["messages"])
     # A later turn of the same conversation would bring the answer, and is no other topic.
-    others = [
-        [messages for messages, other in zip(everyone, task.queries["conv"], strict=True) if other != own]
-        for own in task.queries["conv"]
-    ]
+    others = list(map(others_by_name(task.queries["conv"], everyone), task.queries["conv"]))
     result = {
         "dataset": task.name,
         "split": task.split,
