@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from datasets import Dataset
 from matplotlib.figure import Figure
 
 from native_retrieval.augmentation import others_by_name, with_distractor_turns, with_typos
@@ -161,7 +162,7 @@ def main() -> None:
             changed = [
                 change([dict(m) for m in messages], rest, rng) for messages, rest in zip(everyone, others, strict=True)
             ]
-            queries = task.queries.remove_columns("messages").add_column("messages", changed)
+            queries = Dataset.from_dict({**task.queries[:], "messages": changed}, features=task.queries.features)
             comparison = Comparison(model, None, index, queries, [arguments.method])
             draws.append(per_query(comparison.runs()[arguments.method], task.qrels, comparison.query_ids))
         recall, mrr = (np.mean([found[metric] for found in draws], axis=0) for metric in ("recall@10", "mrr@10"))
