@@ -32,6 +32,7 @@ ALIASES = {"human": "user", "ai": "assistant", "model": "assistant", "bot": "ass
 INVISIBLE = re.compile("[\\s\u00ad\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]+")
 CUT = "\n[...]\n"  # where the middle of a long text was
 SHORTEST_CUT = 32  # tokens that are left of a text whose middle is cut
+TOOL_KINDS = {"tool_calls", "tool", "function"}
 Message = dict[str, Any]
 
 # A fast tokenizer keeps "special tokens are text" and "truncate" as settings of one shared object.
@@ -201,7 +202,7 @@ class NativeRetrievalProcessor(ProcessorMixin):
         self.query_ends = sorted({i for i, piece in enumerate(self._pieces) if b"\n" in piece} | set(self.special_ids))
         ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_token_id: int = next(i for i in ends if i is not None)
-        call = {"type": "function", "function": {"name": "zyxwvu", "arguments": '{"q": "utsrqp"}'}}
+        call = {"id": "call00000", "type": "function", "function": {"name": "zyxwvu", "arguments": '{"q": "utsrqp"}'}}
         user, asks = {"role": "user", "content": "Hello."}, {"role": "assistant", "content": "", "tool_calls": [call]}
         late = [user, {"role": "assistant", "content": "Yes?"}, {"role": "system", "content": "ponmlk"}, user]
         self._knows = {role for role in ROLES[:2] if self._shows([{"role": role, "content": "ponmlk"}, user], "ponmlk")}
@@ -251,6 +252,10 @@ class NativeRetrievalProcessor(ProcessorMixin):
         """
         check_messages(messages)
         messages = clean_messages(messages)
+        while messages[-1]["role"] == "assistant" and not (
+            messages[-1]["content"].strip() or "tool_calls" in messages[-1]
+        ):
+            messages.pop()  # a turn that has not begun
         input_ids, limit = self._encode(messages, tools, template_kwargs), self.max_prompt_tokens
         if limit is None or len(input_ids) <= limit:
             return input_ids
@@ -267,23 +272,24 @@ class NativeRetrievalProcessor(ProcessorMixin):
         return input_ids[: limit // 4] + input_ids[-(limit - limit // 4) :]
 
     def _encode(self, messages: list[Message], tools: list | None, template_kwargs: dict) -> list[int]:
-        messages = self._fold(messages)
         forged = any(token in text for text in _strings([messages, tools]) for token in self._special_tokens if token)
         if not self.tokenizer.chat_template:
+            text = _plain_prompt(self._fold(messages, {*ROLES, "late system"}))
             with _TOKENIZER_LOCK:
-                return self.tokenizer(_plain_prompt(messages), split_special_tokens=forged)["input_ids"]
+                return self.tokenizer(text, split_special_tokens=forged)["input_ids"]
         last = messages[-1]
         half_turn = last["role"] == "assistant" and bool(last["content"].strip()) and "tool_calls" not in last
         options = {"add_generation_prompt": not half_turn, "continue_final_message": half_turn}
         if not options.keys().isdisjoint(template_kwargs):
             options = {}
         options |= {"tools": tools, "return_dict": False, "sanitize_control_tokens": forged} | template_kwargs
-        refused = None
+        refused, knows = None, self._knows
         # Templates refuse what they do not know by raising whatever their author chose.
-        for candidate in (lambda: messages, lambda: _with_parsed_arguments(messages), lambda: _alternating(messages)):
+        forms = ((knows, list), (knows, _strict), (knows - {"tool_calls"}, list), (knows - TOOL_KINDS, _alternating))
+        for known, form in forms:
             try:
                 with _TOKENIZER_LOCK:
-                    return self.tokenizer.apply_chat_template(candidate(), **options)
+                    return self.tokenizer.apply_chat_template(form(self._fold(messages, known)), **options)
             except Exception as error:
                 refused = refused or error
         # The words of the template's author; transformers' own would quote the conversation.
@@ -291,24 +297,25 @@ class NativeRetrievalProcessor(ProcessorMixin):
         reason = " ".join(str(refused).split()) if said else type(refused).__name__
         raise ValueError(f"the tokenizer's chat template refuses this conversation: {reason}")
 
-    def _fold(self, messages: list[Message]) -> list[Message]:
+    def _fold(self, messages: list[Message], knows: set[str]) -> list[Message]:
         """What the chat template does not know, as text or in another role, so that no call and no result is lost."""
         folded, moved = [], []
         for message in messages:
             message, role = dict(message), message["role"]
-            if "tool_calls" in message and "tool_calls" not in self._knows:
-                calls = [call.get("function", call) for call in message.pop("tool_calls") if isinstance(call, dict)]
+            if "tool_calls" in message and "tool_calls" not in knows:
+                calls = [call.get("function", call) for call in _strict([message])[0]["tool_calls"]]
                 texts = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in calls]
+                del message["tool_calls"]
                 message["content"] = "\n".join(filter(None, [message["content"], *texts]))
-            if role == "developer" and role not in self._knows:
+            if role == "developer" and role not in knows:
                 message["role"] = role = "system"
-            if role == "function" and role not in self._knows:
+            if role == "function" and role not in knows:
                 message["role"] = role = "tool"
-            if role == "tool" and role not in self._knows:
+            if role == "tool" and role not in knows:
                 message |= {"role": "user", "content": f"Tool result:\n{message['content']}"}
-            if role == "system" and "system" not in self._knows:
+            if role == "system" and "system" not in knows:
                 message["role"] = "user"
-            elif role == "system" and folded and "late system" not in self._knows:
+            elif role == "system" and folded and "late system" not in knows:
                 moved.append(message["content"])
                 continue
             folded.append(message)
@@ -319,9 +326,10 @@ class NativeRetrievalProcessor(ProcessorMixin):
         return folded
 
     def _shows(self, messages: list[Message], *texts: str) -> bool:
-        with suppress(Exception):
-            prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return all(text in prompt for text in texts)
+        for form in (messages, _strict(messages)):
+            with suppress(Exception):
+                prompt = self.tokenizer.apply_chat_template(form, tokenize=False, add_generation_prompt=True)
+                return all(text in prompt for text in texts)
         return False
 
     def _between(self, roles: tuple[str, ...]) -> tuple[list[list[int]], bool]:
@@ -447,14 +455,20 @@ class NativeRetrievalProcessor(ProcessorMixin):
         return encoding.ids, places.clamp(max=len(tokens) - 1)
 
 
-def _with_parsed_arguments(messages: list[Message]) -> list[Message]:
-    """OpenAI's arguments are JSON in a string; some templates want them parsed."""
-    parsed = json.loads(json.dumps(messages))
-    for call in (call for message in parsed for call in message.get("tool_calls", ())):
-        function = call.get("function", call)
-        with suppress(ValueError, TypeError):
-            function["arguments"] = json.loads(function["arguments"])
-    return parsed
+def _strict(messages: list[Message]) -> list[Message]:
+    """OpenAI's arguments are JSON in a string, its ids of any length; some templates want them parsed, and nine letters."""
+    strict = json.loads(json.dumps(messages, default=str))
+    for message in strict:
+        calls = message.get("tool_calls", ())
+        for function in (call.get("function", call) for call in calls):
+            with suppress(ValueError, TypeError, KeyError):
+                function["arguments"] = json.loads(function["arguments"])
+        for holder, key in (
+            *((call, "id") for call in calls),
+            *[(message, "tool_call_id")] * (message["role"] == "tool"),
+        ):
+            holder[key] = re.sub("[^a-zA-Z0-9]", "", str(holder.get(key, "")))[-9:].rjust(9, "0")
+    return strict
 
 
 def _alternating(messages: list[Message]) -> list[Message]:
