@@ -167,12 +167,16 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         subfolder = kwargs.get("subfolder") or ""
         if os.path.isdir(path) and not os.path.isfile(os.path.join(path, subfolder, "config.json")):
             raise OSError(f"{os.path.join(path, subfolder)} has no config.json; give the folder of a saved model")
+        _refuse_pointers(os.path.join(path, subfolder))
         loaded = super().from_pretrained(path, *args, dtype=torch.float32, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # With a config at hand, the tokenizers' loader does not ask about this repository's code once more.
         model.processor = NativeRetrievalProcessor.from_pretrained(
             path, config=model.config, subfolder=subfolder, **hub
         )
+        read, wanted = len(model.processor.word_tokenizer), model.config.copy_vocab_size
+        if model.config.copy_num_heads and wanted not in (None, read):  # without one, transformers takes another
+            raise OSError(f"{path}: word_tokenizer has {read} tokens, this head needs {wanted}; copy the folder again")
         if backbone is False:
             return loaded
         if not isinstance(backbone, PreTrainedModel):
@@ -183,11 +187,13 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
                 hub["revision"] = None if backbone else model.config.backbone_revision
                 backbone = backbone or model.config.backbone_name_or_path
             own = {k: v for k, v in {**hub, **own}.items() if v is not None}
+            source = os.path.join(backbone, own.get("subfolder", ""))
+            _refuse_pointers(source)
             try:
                 backbone = AutoModelForCausalLM.from_pretrained(backbone, **own)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 reason = " ".join(str(error).split())
-                raise OSError(f"backbone {backbone!r} cannot be loaded ({reason}); give backbone='path'") from error
+                raise OSError(f"backbone {source!r} cannot be loaded ({reason}); give backbone='path'") from error
         model._set_backbone(backbone)
         model._check_reference()
         return loaded
@@ -212,14 +218,22 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             self.set_reference()
         state, own = given or self.state_dict(), f"{BACKBONE}."
         head = {name: weight for name, weight in state.items() if not name.startswith(own)}
-        super().save_pretrained(save_directory, *args, state_dict=head, **kwargs)
+        # transformers refuses to write some generation settings that it has read; they are the backbone's, as they are.
+        settings, self.generation_config = self.generation_config, GenerationConfig()
+        try:
+            super().save_pretrained(save_directory, *args, state_dict=head, **kwargs)
+        finally:
+            self.generation_config = settings
         if not kwargs.get("is_main_process", True) or self.processor is None:
             return
         self.processor.save_pretrained(save_directory)
         if self.backbone is not None and self.config.store_backbone:
             folder = os.path.join(save_directory, BACKBONE)
             weights = {n.removeprefix(own): w for n, w in state.items() if n.startswith(own)} if given else None
-            self.backbone.save_pretrained(folder, *args, state_dict=weights, **kwargs)
+            view = copy.copy(self.backbone)
+            view.generation_config = GenerationConfig()
+            view.save_pretrained(folder, *args, state_dict=weights, **kwargs)
+            self.backbone.generation_config.to_json_file(os.path.join(folder, "generation_config.json"))
             self.tokenizer.save_pretrained(folder)
 
     @torch.no_grad()
@@ -238,7 +252,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
     def _check_reference(self) -> None:
         cosine = float(F.cosine_similarity(self.reference_embedding.cpu(), self._reference().cpu(), dim=0))
         quantized = getattr(self.backbone, "hf_quantizer", None) is not None
-        if not cosine > (0.9 if quantized else 0.9995):
+        if not cosine > (0.9 if quantized else 0.9999):
             logger.warning(
                 f"A fixed conversation's vector has a cosine of {cosine:.4f} to the one stored with this model, wanted 1. "
                 "Weights, backbone, tokenizer or libraries are not those of its training; queries will find less."
@@ -247,9 +261,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
     def __reduce__(self):
         # transformers puts local functions into a backbone at its first pass, and no pickle takes these.
         parts, backbone = None, self.backbone
-        if (
-            backbone is not None
-        ):  # buffers that are not saved, such as angles of positions, have a precision of their own
+        if backbone is not None:  # unsaved buffers, such as angles of positions, have a precision of their own
             tensors = backbone.state_dict(), dict(backbone.named_buffers())
             parts = (type(backbone), backbone.config, backbone.generation_config, *tensors)
         head = {n: w for n, w in self.state_dict().items() if not n.startswith(f"{BACKBONE}.")}
@@ -303,6 +315,8 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             `ValueError`: for shapes that do not fit, or without a backbone for what needs one.
         """
         device = self.query_head.projection.linear_in.weight.device
+        if input_ids is None and words is None:
+            raise ValueError("there is nothing to embed; give input_ids, or words alone")
         if input_ids is None:
             return NativeRetrievalOutput(query_embeddings=self.query_head.lexical(words.to(device)))
         if attention_mask is None:
@@ -633,6 +647,14 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         if mode not in QUERY_MODES:
             raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(QUERY_MODES)}")
         return mode
+
+
+def _refuse_pointers(folder: str) -> None:
+    """Raises `OSError` if a local folder holds Git LFS's pointers in the place of its files."""
+    for path in (*Path(folder).glob("*.*"), *Path(folder).glob("word_tokenizer/*.*")):
+        with path.open("rb") as file:
+            if file.read(23) == b"version https://git-lfs":
+                raise OSError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
 
 
 def _unpickled(cls, config, processor, head: dict, parts: tuple | None, training: bool) -> NativeRetrievalModel:

@@ -52,9 +52,11 @@ def from_backbone(
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise OSError(f"backbone {source!r} (revision {revision}) cannot be loaded: {reason}") from error
-        config_fields.setdefault("backbone_name_or_path", source)
     else:
         source = backbone.name_or_path
+    if source:  # absolute: the process may change its directory before it saves
+        place = os.path.abspath(source) if os.path.isdir(source) else source
+        config_fields.setdefault("backbone_name_or_path", place)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config_fields.get("backbone_revision"))
     text = backbone.config.get_text_config()
