@@ -34,9 +34,14 @@ BACKBONE = "backbone"  # a sub-folder with an ordinary checkpoint
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 BACKBONE_ARGUMENTS = ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_buffers")
 BACKBONE_ARGUMENTS += ("attn_implementation", "quantization_config", "low_cpu_mem_usage")
+# How `generate` fills a cache: no matter what a backbone's own settings say, it goes on from ours.
+HOW = ("use_cache", "cache_implementation", "prefill_chunk_size")
 # With one of these, `generate` goes other ways than one cache can follow.
-ALONE = {"num_beams": 1, "num_return_sequences": 1, "assistant_model": None, "prompt_lookup_num_tokens": None}
-ALONE |= {"prefill_chunk_size": None, "cache_implementation": None, "custom_generate": None}
+ALONE = {"num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "use_cache": True, "use_mtp": False}
+ALONE |= dict.fromkeys(("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "custom_generate"))
+ALONE |= dict.fromkeys(("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "token_healing", *HOW[1:]))
+ALONE |= dict.fromkeys(("inputs_embeds", "position_ids"))  # the cache may lay the rows out otherwise
+NO_BACKBONE = "this model was loaded without its backbone; load it with one, or give hidden_states"
 # Its vector is stored with the weights and computed again at load.
 REFERENCE = [
     {"role": "user", "content": "Who painted Guernica?"},
@@ -241,8 +246,12 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
 
     def __reduce__(self):
         # transformers puts local functions into a backbone at its first pass, and no pickle takes these.
-        backbone = self.backbone
-        parts = None if backbone is None else (type(backbone), backbone.config, backbone.dtype, backbone.state_dict())
+        parts, backbone = None, self.backbone
+        if (
+            backbone is not None
+        ):  # buffers that are not saved, such as angles of positions, have a precision of their own
+            tensors = backbone.state_dict(), dict(backbone.named_buffers())
+            parts = (type(backbone), backbone.config, backbone.generation_config, *tensors)
         head = {n: w for n, w in self.state_dict().items() if not n.startswith(f"{BACKBONE}.")}
         return _unpickled, (type(self), self.config, self.processor, head, parts, self.training)
 
@@ -331,7 +340,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
     def _pass(self, cache: QueryCache, use_cache: bool = True) -> QueryCache:
         """Passes those columns of the prompts that are not in the cache yet; fills it in place."""
         if self.backbone is None:
-            raise ValueError("this model was loaded without its backbone; load it with one, or give hidden_states")
+            raise ValueError(NO_BACKBONE)
         ids, mask = cache.input_ids, cache.attention_mask
         longest = getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None)
         if longest and ids.shape[1] > longest and (tokens := int(mask.sum(1).max())) > longest:
@@ -339,20 +348,22 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
                 f"a prompt of {tokens} tokens is longer than the backbone's context of {longest}; lower the processor's "
                 "max_prompt_tokens"
             )
-        if cache.past_key_values is None and use_cache:
-            cache.past_key_values = DynamicCache(config=self.backbone.config)
-            cache.past_key_values.activate_past_recording()  # sliding windows could not be cropped otherwise
-        known = cache.past_key_values.get_seq_length() if use_cache else 0
+        past, cache.past_key_values = cache.past_key_values, None  # what interrupts a pass leaves no half of it
+        if past is None and use_cache:
+            past = DynamicCache(config=self.backbone.config)
+            past.activate_past_recording()  # sliding windows could not be cropped otherwise
+        known = past.get_seq_length() if use_cache else 0
         output = self._reading_part(not use_cache)(
             input_ids=ids[:, known:],
             attention_mask=mask,
             position_ids=(mask.long().cumsum(1) - 1).clamp(min=0)[:, known:],
-            past_key_values=cache.past_key_values,
+            past_key_values=past,
             use_cache=use_cache,
             output_hidden_states=True,
         )
         states = self._stacked(output.hidden_states)
         cache.hidden_states = torch.cat((cache.hidden_states[:, :known], states), dim=1) if known else states
+        cache.past_key_values = past
         return cache
 
     def _stacked(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -407,11 +418,12 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             pad_token_id=self.processor.pad_token_id,
         )
         mask = torch.cat((cache.attention_mask, torch.ones_like(start)), dim=1)
-        past = copy.copy(cache.past_key_values)  # layers replace their tensors; recurrent ones write into them
-        recurrent = [hasattr(layer, "recurrent_states") for layer in past.layers]
-        past.layers = [copy.deepcopy(x) if r else copy.copy(x) for x, r in zip(past.layers, recurrent, strict=True)]
+        past = copy.copy(cache.past_key_values)
+        if past is not None:  # layers replace their tensors; recurrent ones write into them
+            recurrent = [hasattr(layer, "recurrent_states") for layer in past.layers]
+            past.layers = [copy.deepcopy(x) if r else copy.copy(x) for x, r in zip(past.layers, recurrent, strict=True)]
         copied = QueryCache(torch.cat((cache.input_ids, start), dim=1), mask, cache.hidden_states, past)
-        self._generate(copied, generation_config=settings)
+        self._generate(copied, settings)
         begin, end = mask.shape[1], mask.shape[1] + self.config.max_query_tokens
         written = copied.input_ids[:, begin:end]
         real = (~torch.isin(written, torch.tensor(sorted(ends), device=written.device))).long().cumprod(1)
@@ -424,7 +436,9 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
 
     # -- generation -----------------------------------------------------------------------------------------------------
 
-    def generate(self, input_ids: torch.LongTensor | None = None, **kwargs):
+    def generate(
+        self, input_ids: torch.LongTensor | None = None, generation_config: GenerationConfig | None = None, **kwargs
+    ):
         """
         The backbone's own `generate`. With `past_key_values` from `embed_query(..., return_cache=True)`, the tokens that
         the cache and `input_ids` begin with do not pass again; the cache then holds the generated tokens too.
@@ -433,44 +447,52 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             `ValueError`: with a cache, for several rows without `attention_mask`, and for ways to generate that one cache
                 cannot follow, such as beams.
         """
+        if self.backbone is None:
+            raise ValueError(NO_BACKBONE)
         input_ids = kwargs.pop("inputs", input_ids)  # transformers' own name for them
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, QueryCache):
-            return self.backbone.generate(input_ids, **kwargs)
+            return self.backbone.generate(input_ids, generation_config, **kwargs)
         del kwargs["past_key_values"]
         rows = self._rows(input_ids, kwargs.pop("attention_mask", None))
-        settings = kwargs.get("generation_config") or self.backbone.generation_config
+        settings, own = (
+            copy.deepcopy(generation_config or GenerationConfig()),
+            self.backbone.generation_config.to_dict(),
+        )
+        settings.update(**{name: own[name] for name in own if name not in HOW}, defaults_only=True)
+        kwargs = settings.update(**kwargs)
         for name, plain in ALONE.items():
             if kwargs.get(name, getattr(settings, name, None)) not in (None, plain):
                 raise ValueError(f"generate cannot go on from a cache with {name}; leave {name} or past_key_values out")
-        if kwargs.pop("use_cache", True) is False:
-            raise ValueError("use_cache=False contradicts past_key_values; leave one of them out")
         self._continue(cache, rows)
-        laid_out, wants = cache.input_ids.shape[1], kwargs.pop("output_hidden_states", False)
-        returns_dict = kwargs.pop("return_dict_in_generate", None) or settings.return_dict_in_generate
-        output = self._generate(cache, **kwargs)
+        laid_out, shift = cache.input_ids.shape[1], cache.input_ids.shape[1] - input_ids.shape[1]
+        for name in ("max_length", "min_length"):  # both count columns
+            if getattr(settings, name) is not None:
+                setattr(settings, name, getattr(settings, name) + shift)
+        wants, returns_dict = settings.output_hidden_states, settings.return_dict_in_generate
+        output = self._generate(cache, settings, **kwargs)
         output.sequences = torch.cat((input_ids.to(output.sequences.device), output.sequences[:, laid_out:]), dim=1)
         if not wants:
             output.hidden_states = None
         return output if returns_dict else output.sequences
 
-    def _generate(self, cache: QueryCache, **kwargs) -> ModelOutput:
-        """Generates after `cache.input_ids`, whose first columns have passed, and keeps what passes."""
-        if cache.past_key_values is None:
-            cache.past_key_values = DynamicCache(config=self.backbone.config)
-        known = cache.past_key_values.get_seq_length()
-        flags = {"use_cache": True, "return_dict_in_generate": True, "output_hidden_states": True}
-        if kwargs.get("generation_config") is not None:
-            kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
-            kwargs["generation_config"].update(**flags)
-            flags = {}
-        prompt = {"attention_mask": cache.attention_mask, "past_key_values": cache.past_key_values}
-        output = self.backbone.generate(cache.input_ids, **prompt, **flags, **kwargs)
+    def _generate(self, cache: QueryCache, settings: GenerationConfig, **kwargs) -> ModelOutput:
+        """Generates after `cache.input_ids`, whose first columns have passed, by these settings alone; keeps what passes."""
+        past, cache.past_key_values = cache.past_key_values, None  # what interrupts it leaves no half of a pass
+        if past is None:
+            past = DynamicCache(config=self.backbone.config)
+        known = past.get_seq_length()
+        settings.update(use_cache=True, return_dict_in_generate=True, output_hidden_states=True)
+        backbone = copy.copy(self.backbone)  # a view of it without its own settings
+        backbone.generation_config = settings
+        prompt = {"attention_mask": cache.attention_mask, "past_key_values": past}
+        output = backbone.generate(cache.input_ids, settings, **prompt, **kwargs)
         steps = [self._stacked(step) for step in output.hidden_states]
         cache.hidden_states = torch.cat((cache.hidden_states[:, :known], *steps), dim=1)
         cache.input_ids = output.sequences[:, : cache.hidden_states.shape[1]]
         generated = cache.input_ids.shape[1] - cache.attention_mask.shape[1]
         cache.attention_mask = F.pad(cache.attention_mask, (0, generated), value=1)
+        cache.past_key_values = past
         return output
 
     def _continue(self, cache: QueryCache, prompts: list[list[int]]) -> None:
@@ -490,8 +512,10 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         counts = mask[:, :columns].sum(1).tolist()
         rest = [prompt[count:] for prompt, count in zip(prompts, counts, strict=True)]
         # Windows and recurrent states count columns, padding between the tokens of a row included.
-        plain = all(type(layer).__name__ == "DynamicLayer" for layer in cache.past_key_values.layers)
-        if not any(counts) or not (plain or len({*map(len, rest)}) == 1) or not cache.crop(columns):
+        past = cache.past_key_values
+        plain = past is not None and all(type(layer).__name__ == "DynamicLayer" for layer in past.layers)
+        aligned = any(counts) and (plain or len({*map(len, rest)}) == 1)
+        if past is None or not aligned or not cache.crop(columns):
             columns, rest, cache.past_key_values = 0, prompts, None
         more = [part.to(cache.input_ids.device) for part in self.processor.pad(rest)]
         cache.input_ids = torch.cat((cache.input_ids[:, :columns], more[0]), dim=1)
@@ -508,7 +532,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             raise ValueError(f"input_ids holds {int(outside[0])}, outside the vocabulary of {self.config.vocab_size}")
         if attention_mask is None and len(input_ids) > 1:
             raise ValueError("token ids of several rows may hold padding; give attention_mask as well")
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
+        mask = torch.ones_like(input_ids) if attention_mask is None else torch.as_tensor(attention_mask).to(input_ids)
         if mask.shape != input_ids.shape or not input_ids.numel() or not mask.any(1).all():
             shapes = f"{tuple(mask.shape)} and {tuple(input_ids.shape)}"
             raise ValueError(f"attention_mask and input_ids, {shapes}, need one shape and a token in each row")
@@ -612,14 +636,18 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
 
 
 def _unpickled(cls, config, processor, head: dict, parts: tuple | None, training: bool) -> NativeRetrievalModel:
-    backbone = None
+    with torch.device("meta"):
+        model = cls(config, None, processor)
+        backbone = parts and parts[0](parts[1])
+    model.load_state_dict(head, assign=True)
     if parts is not None:
-        backbone_class, backbone_config, dtype, weights = parts
-        backbone = backbone_class(backbone_config).to(dtype)
+        _, _, backbone.generation_config, weights, buffers = parts
         backbone.load_state_dict(weights, assign=True)
         backbone.tie_weights()
-    model = cls(config, backbone, processor)
-    model.load_state_dict(head, strict=False, assign=True)
+        for name, buffer in buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(backbone.get_submodule(owner), leaf, buffer)
+        model._set_backbone(backbone)
     return model.train(training)
 
 

@@ -250,7 +250,7 @@ class NativeRetrievalProcessor(ProcessorMixin):
                 with `truncation=False`.
         """
         check_messages(messages)
-        messages = self._fold(clean_messages(messages))
+        messages = clean_messages(messages)
         input_ids, limit = self._encode(messages, tools, template_kwargs), self.max_prompt_tokens
         if limit is None or len(input_ids) <= limit:
             return input_ids
@@ -267,6 +267,7 @@ class NativeRetrievalProcessor(ProcessorMixin):
         return input_ids[: limit // 4] + input_ids[-(limit - limit // 4) :]
 
     def _encode(self, messages: list[Message], tools: list | None, template_kwargs: dict) -> list[int]:
+        messages = self._fold(messages)
         forged = any(token in text for text in _strings([messages, tools]) for token in self._special_tokens if token)
         if not self.tokenizer.chat_template:
             with _TOKENIZER_LOCK:
