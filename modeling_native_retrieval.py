@@ -9,7 +9,7 @@ Ships to the Hub beside the configuration, the processor and the head; imports t
 
 import copy
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,17 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, G
 from transformers.utils import ModelOutput, logging
 
 try:  # on the Hub these files form a package; in the repository they are plain modules
+    from .cache_native_retrieval import QueryCache, generation_settings, token_rows
     from .configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
     from .head_native_retrieval import NativeRetrievalHead, Words
-    from .processing_native_retrieval import NativeRetrievalProcessor, as_conversations
+    from .messages_native_retrieval import as_conversations
+    from .processing_native_retrieval import NativeRetrievalProcessor
 except ImportError:
+    from cache_native_retrieval import QueryCache, generation_settings, token_rows
     from configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
     from head_native_retrieval import NativeRetrievalHead, Words
-    from processing_native_retrieval import NativeRetrievalProcessor, as_conversations
+    from messages_native_retrieval import as_conversations
+    from processing_native_retrieval import NativeRetrievalProcessor
 
 logger = logging.get_logger(__name__)
 
@@ -34,13 +38,6 @@ BACKBONE = "backbone"  # a sub-folder with an ordinary checkpoint
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 BACKBONE_ARGUMENTS = ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_buffers")
 BACKBONE_ARGUMENTS += ("attn_implementation", "quantization_config", "low_cpu_mem_usage")
-# How `generate` fills a cache: no matter what a backbone's own settings say, it goes on from ours.
-HOW = ("use_cache", "cache_implementation", "prefill_chunk_size")
-# With one of these, `generate` goes other ways than one cache can follow.
-ALONE = {"num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "use_cache": True, "use_mtp": False}
-ALONE |= dict.fromkeys(("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "custom_generate"))
-ALONE |= dict.fromkeys(("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "token_healing", *HOW[1:]))
-ALONE |= dict.fromkeys(("inputs_embeds", "position_ids"))  # the cache may lay the rows out otherwise
 NO_BACKBONE = "this model was loaded without its backbone; load it with one, or give hidden_states"
 # Its vector is stored with the weights and computed again at load.
 REFERENCE = [
@@ -66,33 +63,6 @@ class NativeRetrievalOutput(ModelOutput):
     attention_mask: torch.LongTensor | None = None
     past_key_values: Any = None
     query_ids: list[list[int]] | None = None
-
-
-@dataclass
-class QueryCache:
-    """
-    Prompts that have passed through the backbone: `input_ids`, `attention_mask` `(batch, tokens)`, the `hidden_states`
-    `(batch, tokens, layers, hidden_size)` that the head reads, the backbone's own cache (`past_key_values`, unless it was
-    not kept), and the `words` that the processor has read of their turns.
-    """
-
-    input_ids: torch.LongTensor
-    attention_mask: torch.LongTensor
-    hidden_states: torch.FloatTensor | None = None
-    past_key_values: Any = None
-    words: dict = field(default_factory=dict)
-
-    def crop(self, columns: int) -> bool:
-        """Keeps the first columns. False, if a window or a recurrent state has lost what that needs."""
-        past, remove = self.past_key_values, self.past_key_values.get_seq_length() - columns
-        for layer in past.layers if remove else ():
-            window = min(layer.sliding_window - 1, columns) if getattr(layer, "is_sliding", False) else 0
-            if hasattr(layer, "recurrent_states") or (window and layer.keys.shape[-2] - remove < window):
-                return False
-        if remove:
-            past.activate_past_recording()  # `generate` may switch it off, and windows then refuse to be cropped
-            past.crop(-remove)
-        return True
 
 
 class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
@@ -432,11 +402,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             pad_token_id=self.processor.pad_token_id,
         )
         mask = torch.cat((cache.attention_mask, torch.ones_like(start)), dim=1)
-        past = copy.copy(cache.past_key_values)
-        if past is not None:  # layers replace their tensors; recurrent ones write into them
-            recurrent = [hasattr(layer, "recurrent_states") for layer in past.layers]
-            past.layers = [copy.deepcopy(x) if r else copy.copy(x) for x, r in zip(past.layers, recurrent, strict=True)]
-        copied = QueryCache(torch.cat((cache.input_ids, start), dim=1), mask, cache.hidden_states, past)
+        copied = QueryCache(torch.cat((cache.input_ids, start), dim=1), mask, cache.hidden_states, cache.fork())
         self._generate(copied, settings)
         begin, end = mask.shape[1], mask.shape[1] + self.config.max_query_tokens
         written = copied.input_ids[:, begin:end]
@@ -468,17 +434,9 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         if not isinstance(cache, QueryCache):
             return self.backbone.generate(input_ids, generation_config, **kwargs)
         del kwargs["past_key_values"]
-        rows = self._rows(input_ids, kwargs.pop("attention_mask", None))
-        settings, own = (
-            copy.deepcopy(generation_config or GenerationConfig()),
-            self.backbone.generation_config.to_dict(),
-        )
-        settings.update(**{name: own[name] for name in own if name not in HOW}, defaults_only=True)
-        kwargs = settings.update(**kwargs)
-        for name, plain in ALONE.items():
-            if kwargs.get(name, getattr(settings, name, None)) not in (None, plain):
-                raise ValueError(f"generate cannot go on from a cache with {name}; leave {name} or past_key_values out")
-        self._continue(cache, rows)
+        rows = token_rows(input_ids, kwargs.pop("attention_mask", None), self.config.vocab_size)
+        settings, kwargs = generation_settings(generation_config, self.backbone.generation_config, kwargs)
+        cache.lay_out(rows, self.processor.pad)
         laid_out, shift = cache.input_ids.shape[1], cache.input_ids.shape[1] - input_ids.shape[1]
         for name in ("max_length", "min_length"):  # both count columns
             if getattr(settings, name) is not None:
@@ -508,49 +466,6 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         cache.attention_mask = F.pad(cache.attention_mask, (0, generated), value=1)
         cache.past_key_values = past
         return output
-
-    def _continue(self, cache: QueryCache, prompts: list[list[int]]) -> None:
-        """
-        Lays prompts out in a cache, in place: the columns that they all begin with stay, and the rest is padded on the
-        left. At least one token of each is left to pass: from its state the next follows.
-        """
-        ids, mask = cache.input_ids.cpu(), cache.attention_mask.cpu()
-        if len(prompts) != len(ids):
-            raise ValueError(f"the cache holds {len(ids)} conversations, and {len(prompts)} are to go on from it")
-        columns = cache.hidden_states.shape[1]
-        for row, prompt in enumerate(prompts):
-            at = mask[row, :columns].nonzero().flatten()
-            count = min(len(at), len(prompt) - 1)
-            same = (ids[row, at[:count]] == torch.tensor(prompt[:count])).long().cumprod(0).sum()
-            columns = min(columns, int(at[same]) if same < len(at) else columns)
-        counts = mask[:, :columns].sum(1).tolist()
-        rest = [prompt[count:] for prompt, count in zip(prompts, counts, strict=True)]
-        # Windows and recurrent states count columns, padding between the tokens of a row included.
-        past = cache.past_key_values
-        plain = past is not None and all(type(layer).__name__ == "DynamicLayer" for layer in past.layers)
-        aligned = any(counts) and (plain or len({*map(len, rest)}) == 1)
-        if past is None or not aligned or not cache.crop(columns):
-            columns, rest, cache.past_key_values = 0, prompts, None
-        more = [part.to(cache.input_ids.device) for part in self.processor.pad(rest)]
-        cache.input_ids = torch.cat((cache.input_ids[:, :columns], more[0]), dim=1)
-        cache.attention_mask = torch.cat((cache.attention_mask[:, :columns], more[1]), dim=1)
-        cache.hidden_states = cache.hidden_states[:, :columns]
-
-    def _rows(self, input_ids: Any, attention_mask: torch.Tensor | None) -> list[list[int]]:
-        """Checked token ids without their padding."""
-        if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-            seen = tuple(getattr(input_ids, "shape", ())) or type(input_ids).__name__
-            raise ValueError(f"input_ids is {seen}; give a tensor of token ids (batch, tokens)")
-        outside = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)]
-        if len(outside):
-            raise ValueError(f"input_ids holds {int(outside[0])}, outside the vocabulary of {self.config.vocab_size}")
-        if attention_mask is None and len(input_ids) > 1:
-            raise ValueError("token ids of several rows may hold padding; give attention_mask as well")
-        mask = torch.ones_like(input_ids) if attention_mask is None else torch.as_tensor(attention_mask).to(input_ids)
-        if mask.shape != input_ids.shape or not input_ids.numel() or not mask.any(1).all():
-            shapes = f"{tuple(mask.shape)} and {tuple(input_ids.shape)}"
-            raise ValueError(f"attention_mask and input_ids, {shapes}, need one shape and a token in each row")
-        return [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
 
     # -- conversations to vectors ---------------------------------------------------------------------------------------
 
@@ -593,7 +508,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             kind = type(past_key_values).__name__
             raise ValueError(f"past_key_values is a {kind}; give what embed_query(..., return_cache=True) returned")
         if isinstance(queries, torch.Tensor):
-            prompts = self._rows(queries, attention_mask)
+            prompts = token_rows(queries, attention_mask, self.config.vocab_size)
         else:
             pairs = as_conversations(queries, tools)
             prompts = [self.processor.encode(messages, tools=own, **template_kwargs) for messages, own in pairs]
@@ -604,7 +519,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         if (cache := past_key_values) is None:
             cache = self.prefill(*self.processor.pad(prompts))
         else:
-            self._continue(cache, prompts)
+            cache.lay_out(prompts, self.processor.pad)
             self._pass(cache)
         output = self.embed_prefilled(cache, mode)
         if output.attributions is not None:  # not those of a written query
