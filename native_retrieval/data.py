@@ -34,9 +34,10 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from messages_native_retrieval import clean_messages
+
 from . import rows
 from .cache import sha256
-from .conversations import clean_messages
 from .qrels import QRELS, by_query, qrels_file, qrels_files, read_judgements
 from .rows import DataError, raise_if_any, read_identified, read_json, read_lines
 

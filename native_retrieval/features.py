@@ -103,8 +103,7 @@ class FeatureStore:
         starts = begins[host]
         own_lengths = np.array([len(sequence) for sequence in sequences])
 
-        text = model.config.text_config.get_text_config()
-        shape = (int(begins[-1]), len(model.config.hidden_state_layers), text.hidden_size)
+        shape = (int(begins[-1]), len(model.query_head.layers), model.config.hidden_size)
         if not len(whole):
             return cls(np.empty(shape, dtype=np.int16), starts, own_lengths)
         sequence_at = dict(zip(begins[:-1].tolist(), whole, strict=True))
@@ -113,7 +112,7 @@ class FeatureStore:
 
         def compute(shard: Shard, advance: Advance) -> Iterator[np.ndarray]:
             for batch in _batches(shard, tokens_per_batch):
-                input_ids, mask = model.pad([list(sequences[sequence_at[rows.start]]) for rows in batch])
+                input_ids, mask = model.processor.pad([list(sequences[sequence_at[rows.start]]) for rows in batch])
                 hidden = model.prefill(input_ids, mask, use_cache=False).hidden_states.to(torch.bfloat16).cpu()
                 for row, rows in zip(hidden, batch, strict=True):
                     yield row[-num_rows(rows) :].contiguous().view(torch.int16).numpy()
@@ -121,7 +120,7 @@ class FeatureStore:
 
         states = cached_rows(
             Path(cache_dir),
-            f"features-{_key(model, sequences, model.config.hidden_state_layers, str(model.backbone.dtype))}",
+            f"features-{_key(model, sequences, model.query_head.layers, str(model.backbone.dtype))}",
             shape,
             np.int16,
             _batches(order, SHARD_TOKENS),
@@ -165,7 +164,7 @@ def cached_queries(model, prompts: Sequence[Sequence[int]], cache_dir: str | os.
         written = {}
         for places in slices(len(shards[number]), batch_size):
             rows = shards[number][places]
-            prefill = model.prefill(*model.pad([list(prompts[i]) for i in rows]))
+            prefill = model.prefill(*model.processor.pad([list(prompts[i]) for i in rows]))
             written.update(zip(map(str, rows), model.write_queries(prefill)[1], strict=True))
             advance(len(rows))
         return json.dumps(written)

@@ -13,8 +13,9 @@ from typing import Any
 
 from datasets import Json
 
+from messages_native_retrieval import check_messages, clean_messages
+
 from .cache import is_lfs_pointer
-from .conversations import check_messages, clean_messages, clean_text
 
 PROBLEMS_SHOWN = 20
 # A wrong file or field name makes every row bad. Then there is no need to read a large file to its end.
@@ -206,7 +207,7 @@ def _stored(name: str, value: list[dict[str, Any]] | None) -> str | None:
     """A list as JSON, which is how the Arrow file holds it. Raises `BadRow` if it cannot be read back from there."""
     if value is None:
         return None
-    text = clean_text(json.dumps(value, ensure_ascii=False))
+    text = _SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False))
     try:
         Json().decode_example(text)
     except ValueError as error:

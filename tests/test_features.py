@@ -54,9 +54,9 @@ def sequences(tiny_model: NativeRetrievalModel) -> list[list[int]]:
         messages = []
         for turn in range(3):
             messages.append({"role": "user", "content": f"Tell me more of the {place}, part {turn}."})
-            found.append(tiny_model.build_prompt(messages))
+            found.append(tiny_model.processor.encode(messages))
             messages.append({"role": "assistant", "content": f"Part {turn} was built in 18{turn}4."})
-    return [*found, *(tiny_model.build_prompt([{"role": "user", "content": f"{i}?"}]) for i in range(4)), found[0]]
+    return [*found, *(tiny_model.processor.encode([{"role": "user", "content": f"{i}?"}]) for i in range(4)), found[0]]
 
 
 def assert_states(store: FeatureStore, model: NativeRetrievalModel, sequences: list[list[int]]) -> None:
@@ -136,7 +136,7 @@ def test_states_on_disk_are_read_and_not_computed(
     first = FeatureStore.build(make_model(), sequences, tmp_path)
     again = make_model()  # the head is no part of it
     with torch.no_grad():
-        for parameter in again.head.parameters():
+        for parameter in again.query_head.parameters():
             parameter.add_(1.0)
     monkeypatch.setattr(again, "prefill", None)
     second = FeatureStore.build(again, sequences, tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import string
 import subprocess
 import sys
 from collections import defaultdict
@@ -159,44 +158,12 @@ def test_entities_are_read_from_their_leads() -> None:
     assert ("own", {"key": "early death"}) in asked
 
 
-class TinyTokenizer:
-    """Characters as tokens: the part of a tokenizer's interface that LLMGenerator uses."""
-
-    chat_template = None
-    pad_token_id = None
-    eos_token = "\n"
-    all_special_ids = ()
-
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
-        return [string.printable[i] for i in ids]
-
-    def __setattr__(self, name: str, value: str) -> None:
-        object.__setattr__(self, name, value)
-        if name == "pad_token":
-            object.__setattr__(self, "pad_token_id", 0)
-
-    def __call__(self, texts: list[str], **options):
-        import torch
-        from transformers import BatchEncoding
-
-        assert options["padding_side"] == "left"
-        ids = [[ord(c) % 90 + 1 for c in text][-40:] for text in texts]
-        width = max(map(len, ids))
-        rows = torch.tensor([[0] * (width - len(row)) + row for row in ids])
-        return BatchEncoding({"input_ids": rows, "attention_mask": (rows > 0).long()})
-
-    def batch_decode(self, ids, **options) -> list[str]:
-        return ["".join(string.printable[i] for i in row) for row in ids.tolist()]
-
-
-def test_llm_garbage_is_skipped_and_named_as_the_cause(tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_positions=64, n_embd=8, n_layer=1, n_head=1))
-    generator = LLMGenerator(model, TinyTokenizer(), batch_size=2, max_new_tokens=8)
+def test_llm_garbage_is_skipped_and_named_as_the_cause(tmp_path: Path, make_backbone, tiny_tokenizer) -> None:
+    generator = LLMGenerator(make_backbone("gpt2"), tiny_tokenizer, batch_size=2, max_new_tokens=8)
     assert generator.complete(["abc", "a longer prompt"], seed=3) == generator.complete(
         ["abc", "a longer prompt"], seed=3
     )
+    generator.processor.max_prompt_tokens = 256  # the backbone's context is short
     with pytest.raises(ValueError, match="no usable conversation for the split 'train'"):
         synthesise(make_corpus(), tmp_path / "out", generator, 4)
     assert list(tmp_path.iterdir()) == []
@@ -232,14 +199,14 @@ class CannedLLM(LLMGenerator):
         return outputs
 
 
-def test_llm_conversations_are_parsed_defensively(tmp_path: Path) -> None:
+def test_llm_conversations_are_parsed_defensively(tmp_path: Path, tiny_tokenizer) -> None:
     corpus = make_corpus()
     tanning = next(document for document in corpus if document["_id"] == "Tanning")
     turns = parse_turns(CannedLLM.complete(None, ['"Tanning"'], seed=1)[0], tanning, 3, switch=True)
     assert [turn.rewrite for turn in turns] == ["What is Tanning?", "When was Tanning known?", "Where is Tanning?"]
     assert [turn.content for turn in turns] == ["What is Tanning?", "and when?", "where"]  # the first has to name it
     assert [turn.switch for turn in turns] == [True, False, False]
-    counts = synthesise(corpus, tmp_path / "out", CannedLLM(None, TinyTokenizer()), 20)
+    counts = synthesise(corpus, tmp_path / "out", CannedLLM(None, tiny_tokenizer), 20)
     rows = read_rows(tmp_path / "out")
     assert sum(counts.values()) == len(rows) and len({row["metadata"]["conv"] for row in rows}) >= 18
     assert all(3 <= len(row["messages"]) // 2 + 1 <= 6 for row in rows if row["metadata"]["turn"] > 2)

@@ -3,11 +3,6 @@
 import sys
 from dataclasses import dataclass, field, fields
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from modeling_native_retrieval import processor_has_bfloat16
-
 from .. import synthesis
 from ..cli import Parser, one_line_errors
 
@@ -44,14 +39,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _llm_generator(name: str, seed: int) -> synthesis.LLMGenerator:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "auto" if device == "cuda" or processor_has_bfloat16() else torch.float32
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..loading import float32_is_faster
+
+    dtype = torch.float32 if float32_is_faster() else "auto"
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (ValueError, OSError) as error:
         raise ValueError(f"--llm {name} cannot be loaded: {error}") from error
-    return synthesis.LLMGenerator(model.to(device), tokenizer, seed=seed)
+    return synthesis.LLMGenerator(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, seed=seed)
 
 
 if __name__ == "__main__":

@@ -44,11 +44,11 @@ class LLMGenerator:
         temperature: float = 0.8,
         seed: int = 0,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        from processing_native_retrieval import NativeRetrievalProcessor  # slow to import, and templates need no model
+
+        self.model, self.processor = model, NativeRetrievalProcessor(tokenizer)
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.temperature, self.seed = temperature, seed
-        if tokenizer.pad_token_id is None:  # GPT-2 and Llama have none, and a batch needs one
-            tokenizer.pad_token = tokenizer.eos_token
 
     def generate(self, documents: Sequence[dict[str, str]], num_conversations: int) -> Iterator[list[Turn]]:
         """Yields up to `num_conversations` conversations, and stops after three times as many attempts."""
@@ -82,42 +82,23 @@ class LLMGenerator:
         """The model's continuations of `prompts`, without the prompts."""
         import torch
 
-        from modeling_native_retrieval import plain_text, special_tokens_of
-
-        special_tokens = special_tokens_of(self.tokenizer).values()  # documents are strangers' text
-        prompts = [plain_text(prompt, special_tokens) for prompt in prompts]
-        if self.tokenizer.chat_template:
-            prompts = [
-                self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    enable_thinking=False,  # Qwen3 would think until the tokens are used up; others' templates pass it over
-                )
-                for prompt in prompts
-            ]
+        # Without thinking: Qwen3 would think until the tokens are used up. Templates that cannot think ignore it.
+        encoded = [self.processor.encode([{"role": "user", "content": p}], enable_thinking=False) for p in prompts]
         texts: list[str] = []
-        for start in range(0, len(prompts), self.batch_size):
-            batch = self.tokenizer(
-                prompts[start : start + self.batch_size],
-                return_tensors="pt",
-                padding=True,
-                padding_side="left",
-                # A chat template has written the special tokens already.
-                add_special_tokens=not self.tokenizer.chat_template,
-                return_token_type_ids=False,
-            ).to(self.model.device)
+        for start in range(0, len(encoded), self.batch_size):
+            input_ids, attention_mask = self.processor.pad(encoded[start : start + self.batch_size])
             with torch.random.fork_rng(), torch.inference_mode():
                 torch.manual_seed(seed + start)
                 output = self.model.generate(
-                    **batch,
+                    input_ids.to(self.model.device),
+                    attention_mask=attention_mask.to(self.model.device),
                     max_new_tokens=self.max_new_tokens,
                     do_sample=True,
                     temperature=self.temperature,
-                    pad_token_id=self.tokenizer.pad_token_id,
+                    pad_token_id=self.processor.pad_token_id,
                 )
-            new_tokens = output[:, batch["input_ids"].shape[1] :]
-            texts.extend(self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True))
+            new_tokens = output[:, input_ids.shape[1] :]
+            texts.extend(self.processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True))
         return texts
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..data import read_documents
 from .entities import read_entity
 from .turns import Generator, Turn
 
@@ -134,6 +133,8 @@ def divide(items: Sequence, shares: Sequence[float], minimum: int) -> list[Seque
 
 def load_corpus(path: str | os.PathLike) -> list[dict[str, str]]:
     """Reads `corpus.jsonl` or `corpus.jsonl.gz`: the file itself, or the folder that holds it; see `data.py`."""
+    from ..data import read_documents  # slow to import
+
     path = Path(path)
     candidates = [path / "corpus.jsonl", path / "corpus.jsonl.gz"] if path.is_dir() else [path]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
