@@ -40,10 +40,11 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from native_retrieval import checkpoints
-from native_retrieval.arguments import check, check_backbone, check_batch, check_push, lexical_arguments, parse
+from native_retrieval.arguments import lexical_arguments, parse
 from native_retrieval.cli import one_line_errors
 from native_retrieval.dataset import build_examples, build_texts
 from native_retrieval.initialise import from_backbone
+from native_retrieval.preflight import check, check_backbone, check_batch, check_push
 from native_retrieval.teacher import Teacher
 from native_retrieval.trainer import NativeRetrievalTrainer
 from native_retrieval.training_data import build_training_examples, load_data, training_info, training_sets

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from native_retrieval.arguments import parse
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.results import read_result, write_json
 
@@ -124,6 +125,8 @@ def main() -> None:
     arguments, extra = parser.parse_known_args()
     output = Path(arguments.output)
     rows = ROWS[arguments.rows]()
+    for row in rows:  # a bad recipe or flag raises now, not after hours
+        parse([arguments.recipe, *extra, *words_of(row)])
     result = read_result(output, "rows") if output.exists() else {"rows": []}
     result["command"] = " ".join(["python", *sys.argv])
     done = {row["name"] for row in result["rows"]}

@@ -13,6 +13,7 @@ For comparison: one decode step; the head on the states of the written query aga
 paper (its 21.8x is with a teacher of 8B); and the peak memory of a process that serves one method and nothing else.
 """
 
+import copy
 import random
 import subprocess
 import sys
@@ -120,7 +121,9 @@ class Methods:
     def decode_step(self, clock) -> None:
         """One token, as generation makes it: through the backbone and its language-model head."""
         mask = torch.nn.functional.pad(self.prefill.attention_mask, (0, 1), value=1)
-        step = partial(self.model.backbone, attention_mask=mask, past_key_values=self.prefill.fork())
+        step = partial(
+            self.model.backbone, attention_mask=mask, past_key_values=copy.deepcopy(self.prefill.past_key_values)
+        )
         clock.time("decode step", step, self.prefill.input_ids[:, -1:])
 
     @torch.no_grad()

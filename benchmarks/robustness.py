@@ -19,9 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from datasets import Dataset
 from matplotlib.figure import Figure
 
-from native_retrieval.augmentation import with_other_topics, with_typos
+from native_retrieval.augmentation import others_by_name, with_distractor_turns, with_typos
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.data import load_task
 from native_retrieval.evaluation import cached_index
@@ -81,7 +82,7 @@ VARIANTS: dict[str, Callable] = {
         {**messages[-1], "content": with_typos(messages[-1]["content"], rng)},
     ],
     **{
-        f"at least {count} user turns": lambda messages, others, rng, count=count: with_other_topics(
+        f"at least {count} user turns": lambda messages, others, rng, count=count: with_distractor_turns(
             messages, others, count, rng
         )
         for count in (5, 10, 20)
@@ -143,10 +144,7 @@ def main() -> None:
     index = cached_index(arguments.cache_dir, task, teacher)
     everyone = list(task.queries["messages"])
     # A later turn of the same conversation would bring the answer, and is no other topic.
-    others = [
-        [messages for messages, other in zip(everyone, task.queries["conv"], strict=True) if other != own]
-        for own in task.queries["conv"]
-    ]
+    others = list(map(others_by_name(task.queries["conv"], everyone), task.queries["conv"]))
     result = {
         "dataset": task.name,
         "split": task.split,
@@ -164,7 +162,7 @@ def main() -> None:
             changed = [
                 change([dict(m) for m in messages], rest, rng) for messages, rest in zip(everyone, others, strict=True)
             ]
-            queries = task.queries.remove_columns("messages").add_column("messages", changed)
+            queries = Dataset.from_dict({**task.queries[:], "messages": changed}, features=task.queries.features)
             comparison = Comparison(model, None, index, queries, [arguments.method])
             draws.append(per_query(comparison.runs()[arguments.method], task.qrels, comparison.query_ids))
         recall, mrr = (np.mean([found[metric] for found in draws], axis=0) for metric in ("recall@10", "mrr@10"))

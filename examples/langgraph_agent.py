@@ -15,8 +15,8 @@ from langchain_core.tools import tool
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.prebuilt import InjectedState, ToolNode
 
-from native_retrieval.agent import search_results
 from native_retrieval.cli import CommandParser, one_line_errors
+from native_retrieval.conversations import search_results
 from native_retrieval.index import DocumentIndex
 from native_retrieval.integrations.langchain import conversation_of
 from native_retrieval.loading import load_model

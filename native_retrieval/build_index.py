@@ -3,7 +3,7 @@ Embeds the documents of a data set with the teacher, and writes them as an index
 
     python -m native_retrieval.build_index --corpus my_data --teacher BAAI/bge-small-en-v1.5 --output indexes/mine
 
-An index that you have already needs none of this: see docs/your-index.md.
+An index that you have already needs none of this: see docs/integrations.md.
 """
 
 import sys

@@ -74,8 +74,9 @@ def write_model_card(model_dir: str | os.PathLike, results: Sequence[str | os.Pa
     training_info = read_result(folder / "training.json", "backbone", "teacher", "query_modes", "train_data", "command")
     config = NativeRetrievalConfig.from_pretrained(folder)
     repository = training_info.get("repository") or folder.absolute().name
+    read = {Path(path): read_result(path, *RESULT_FIELDS) for path in results}
     (folder / "figures").mkdir(exist_ok=True)
-    evaluations = [_evaluation(Path(path), folder) for path in results]
+    evaluations = [_with_figures(result, path, folder) for path, result in read.items()]
     # The last entry of each dev set is of the checkpoint that was kept.
     dev = {name: value for entry in training_info.get("dev", []) for name, value in entry.items()}
     history = training_info.get("history", [])
@@ -188,9 +189,8 @@ def published_source(source: str, in_config: str | None) -> str:
     return base_name(source) if in_config == base_name(source) else published_name(source)
 
 
-def _evaluation(path: Path, folder: Path) -> dict[str, Any]:
-    """A result file for the template, with its table and its figures, which are copied into the model's folder."""
-    result = read_result(path, *RESULT_FIELDS)
+def _with_figures(result: dict[str, Any], path: Path, folder: Path) -> dict[str, Any]:
+    """The result of a file for the template, with its table and its figures, which are copied into the model's folder."""
     figures = {"figures": [], "failures": []}
     for name in FIGURES:  # not every file with this prefix: it may be the prefix of another result's name, too
         source = path.parent / "figures" / f"{path.stem}-{name}.png"

@@ -278,7 +278,8 @@ class HeadCheckpoints(Trainer):
             )
         except Exception as error:  # the Hub's client raises errors of four libraries
             raise ValueError(
-                f"the model is in {folder}, but could not be pushed: {error}. To push it, without training again: "
+                f"the model is in {folder}, but could not be pushed: {' '.join(str(error).split())}. To push it, without "
+                "training again: "
                 f"python -m native_retrieval.card {folder} --push_to_hub {repository}"
             ) from error
         print(f"Pushed: {commit.commit_url}")

@@ -7,7 +7,7 @@
 [`loss_parts`] computes those of a batch whose weight is not 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -80,18 +80,10 @@ def contrastive_loss(
     own = torch.arange(len(queries), device=queries.device)
     excluded = torch.zeros_like(scores, dtype=torch.bool)
     if positive_ids is not None:
-        if positive_ids.shape != positives.shape[:1]:
-            raise ValueError(
-                f"contrastive_loss: positive_ids {tuple(positive_ids.shape)} must have one id for each of the "
-                f"{len(positives)} positives"
-            )
+        _check_ids("positive_ids", positive_ids, positives.shape[:1])
         excluded |= positive_ids[None, :] == positive_ids[own, None]
         if known_positives is not None:
-            if known_positives.ndim != 2 or len(known_positives) != len(queries):
-                raise ValueError(
-                    f"contrastive_loss: known_positives {tuple(known_positives.shape)} must be ({len(queries)}, m), "
-                    "padded with -1"
-                )
+            _check_ids("known_positives", known_positives, (len(queries), known_positives.shape[-1]))
             excluded |= (positive_ids[None, :, None] == known_positives[:, None, :]).any(-1)
     excluded[own, own] = False
     scores = scores.masked_fill(excluded, -torch.inf)
@@ -102,11 +94,7 @@ def contrastive_loss(
             )
         hard = torch.einsum("bd,bnd->bn", queries, F.normalize(negatives, dim=-1)) / temperature
         if negative_ids is not None:
-            if negative_ids.shape != negatives.shape[:2]:
-                raise ValueError(
-                    f"contrastive_loss: negative_ids {tuple(negative_ids.shape)} must be {tuple(negatives.shape[:2])}, "
-                    "one id for each negative"
-                )
+            _check_ids("negative_ids", negative_ids, negatives.shape[:2])
             excluded = torch.zeros_like(hard, dtype=torch.bool)
             if positive_ids is not None:
                 excluded |= negative_ids == positive_ids[own, None]
@@ -202,6 +190,11 @@ def _check_pairs(a: torch.Tensor, b: torch.Tensor, name: str) -> None:
             f"got shapes {tuple(a.shape)} and {tuple(b.shape)} for {name}; both must be equal, two-dimensional and "
             "not empty"
         )
+
+
+def _check_ids(name: str, ids: torch.Tensor, shape: Sequence[int]) -> None:
+    if tuple(ids.shape) != tuple(shape):
+        raise ValueError(f"contrastive_loss: {name} {tuple(ids.shape)} must be {tuple(shape)}")
 
 
 def _check_temperature(temperature: float) -> None:

@@ -5,7 +5,7 @@
 
 In the page, each table is between two comments; the command replaces it:
 
-    <!-- table: NAME.json --> ... <!-- end -->                              an evaluation, one row a method
+    <!-- table: NAME.json METHOD ... --> ... <!-- end -->                   an evaluation, one row a method: all, or some
     <!-- rows: NAME.json COLUMN ... FIELD=VALUE ... --> ... <!-- end -->    the rows of a benchmark, some or all
 """
 
@@ -157,9 +157,13 @@ def print_table(result: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def markdown_table(result: Mapping[str, Any]) -> str:
-    """The table of `print_table` in Markdown."""
+def markdown_table(result: Mapping[str, Any], methods: Sequence[str] = ()) -> str:
+    """The table of `print_table` in Markdown; of some `methods` only, it has quality and latency alone."""
     header, rows = _table(result)
+    if methods:
+        keep = [0, 1, 2, len(header) - 1]
+        header = [header[i] for i in keep]
+        rows = [[row[i] for i in keep] for row in rows if row[0][0] in methods]
     lines = [
         "| " + " | ".join(_flat(name) for name in header) + " |",
         "|---" + "|---:" * (len(header) - 1) + "|",
@@ -262,7 +266,7 @@ def fill_tables(markdown: str, root: Path) -> str:
             return match[0]
         if match["kind"] == "table":
             result = read_result(path, "methods", "baseline", "command")
-            filled = markdown_table(result)
+            filled = markdown_table(result, match["words"].split())
         else:
             result = read_result(path, "rows", "command")
             words = match["words"].split()

@@ -13,35 +13,18 @@ from transformers import EvalPrediction, ProgressCallback
 
 from head_native_retrieval import Words
 
-from .arguments import NativeRetrievalTrainingArguments, check_batch
+from .arguments import NativeRetrievalTrainingArguments
 from .checkpoints import HeadCheckpoints
 from .dataset import PROMPT_KEYS, GroupedByLength, RetrievalExamples, collate
 from .losses import alignment_loss, loss_parts
-from .metrics import MEASURES, per_query
+from .metrics import MEASURES, RetrievalMetrics
+from .preflight import check_batch
+from .progress import StageProgress
 from .teacher import search
 
 DEV_DEPTH = 100  # documents ranked for a dev query; the metrics look at 10
 # From a teacher that puts all texts close together, to one that does not.
 REPULSION_THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
-
-
-class StageProgress(ProgressCallback):
-    """transformers' progress bar with the stage's name, the loss and the speed; dev metrics on lines of their own."""
-
-    def __init__(self, stage: str):
-        super().__init__()
-        self.stage = stage
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.stage)
-            self.training_bar.unit = "step"
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is None or "loss" not in logs:
-            return super().on_log(args, state, control, logs, **kwargs)
-        self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {logs['queries_per_second']} queries/s")
 
 
 class NativeRetrievalTrainer(HeadCheckpoints):
@@ -87,6 +70,7 @@ class NativeRetrievalTrainer(HeadCheckpoints):
             compute_metrics=kwargs.pop("compute_metrics", self._retrieval_metrics),
             **kwargs,
         )
+        vars(model.config).pop("use_cache", None)  # which the Trainer sets to False, and saves
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StageProgress(stage))
@@ -258,8 +242,7 @@ class NativeRetrievalTrainer(HeadCheckpoints):
             for number, found, values in zip(numbers, documents, scores, strict=True)
         }
         qrels = {examples.ids[number]: examples.qrels[number] for number in numbers}
-        metrics = per_query(run, qrels, list(run))
-        return {name: float(np.mean(values)) for name, values in metrics.items()}
+        return RetrievalMetrics().compute(run=run, qrels=qrels)
 
     def set_repulsion_threshold(self, value: float | None = None) -> None:
         """

@@ -47,6 +47,7 @@ class Mutation(NamedTuple):
 
 
 LOSSES, TRAINER = "native_retrieval/losses.py", "native_retrieval/trainer.py"
+TARGETS = "native_retrieval/targets.py"
 MODEL, CONFIG = "modeling_native_retrieval.py", "configuration_native_retrieval.py"
 METRICS, DATA, EXAMPLES = "native_retrieval/metrics.py", "native_retrieval/data.py", "native_retrieval/dataset.py"
 TEACHER, INDEX = "native_retrieval/teacher.py", "native_retrieval/index.py"
@@ -111,14 +112,14 @@ MUTATIONS = [
     ),
     Mutation(
         "training: padding of a ranking takes part",
-        TRAINER,
-        "student.masked_fill(~mask, low)",
-        "student",
-        "trainer::test_a_short_ranking_counts_as_it_would_alone_and_none_at_all_as_right",
+        LOSSES,
+        "student_scores.masked_fill(~mask, low)",
+        "student_scores",
+        "losses::test_padding_of_a_ranking_takes_no_part",
     ),
     Mutation(
         "training: rows without a ranking do not count",
-        TRAINER,
+        LOSSES,
         "kl * rows.float().mean()",
         "kl",
         "trainer::test_a_short_ranking_counts_as_it_would_alone_and_none_at_all_as_right",
@@ -146,8 +147,8 @@ MUTATIONS = [
     ),
     Mutation(
         "several devices: negatives are not gathered",
-        TRAINER,
-        'if "other_positives" in inputs:',
+        LOSSES,
+        'if "other_positives" in batch:',
         "if False:",
         "distributed",
     ),
@@ -159,16 +160,16 @@ MUTATIONS = [
         "distributed",
     ),
     Mutation(
-        "examples: gold targets",
-        EXAMPLES,
-        "(1 - share) * targets + share * gold",
-        "targets",
-        "trainer::test_the_target_of_a_query_without_a_rewrite_moves_towards_its_document",
+        "targets: towards the document",
+        TARGETS,
+        "(1 - share) * vectors + share * documents",
+        "vectors",
+        "targets::test_a_target_moves_to_its_first_document_by_its_share",
     ),
     Mutation(
         "examples: hard negatives may be relevant",
         EXAMPLES,
-        "ranked[~np.isin(ranked, positives)]",
+        "ranked[~np.isin(ranked, relevant)]",
         "ranked",
         "trainer::test_hard_negatives_are_never_relevant",
     ),
@@ -398,10 +399,10 @@ MUTATIONS = [
     ),
     Mutation(
         "targets: turned away from the answer itself",
-        "native_retrieval/dataset.py",
-        "others = others[others @ examples.documents[row] < SAME_TEXT]",
+        TARGETS,
+        "others = others[others @ documents[row] < SAME_TEXT]",
         "pass",
-        "trainer::test_a_target_is_not_turned_away_from_what_is_asked_for_once_more",
+        "targets::test_a_target_is_not_turned_away_from_what_is_asked_for_once_more",
     ),
     Mutation(
         "generated: the head reads the prompt too",
@@ -596,9 +597,9 @@ MUTATIONS = [
     Mutation(
         "vLLM: special tokens in a text",
         VLLM,
-        "content=message.content{plain})",
+        "content=message.content | broken)",
         "content=message.content)",
-        "vllm::test_the_server_renders_messages_as_build_prompt_does",
+        "vllm::test_no_text_forges_a_turn",
     ),
     Mutation(
         "weights: checksum check",
@@ -700,7 +701,7 @@ MUTATIONS = [
     Mutation(
         "train: the head is drawn without the seed",
         "train.py",
-        "set_seed(training_args.seed)",
+        "set_seed(args.seed)",
         "set_seed(0)",
         "trainer::test_a_seed_draws_the_head_as_well_as_the_order",
     ),
@@ -727,7 +728,7 @@ MUTATIONS = [
     ),
     Mutation(
         "agent: documents may close their fence",
-        "native_retrieval/agent.py",
+        "native_retrieval/conversations.py",
         "{plain(': '.join(",
         "{(': '.join(",
         "app::test_a_document_cannot_leave_its_fence_or_forge_a_turn",

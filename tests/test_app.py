@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import CHATML, CONTEXT, PLACES, REPOSITORY
 
-from native_retrieval.agent import Agent, search_results
+from native_retrieval.agent import Agent
+from native_retrieval.conversations import search_results
 from native_retrieval.data import load_corpus
 from native_retrieval.index import DocumentIndex
 

@@ -11,15 +11,8 @@ from hypothesis import given, settings
 
 import train
 from configuration_native_retrieval import NativeRetrievalConfig
-from native_retrieval.arguments import (
-    ModelArguments,
-    check,
-    check_backbone,
-    check_batch,
-    check_push,
-    lexical_arguments,
-    parse,
-)
+from native_retrieval.arguments import ModelArguments, lexical_arguments, parse
+from native_retrieval.preflight import check, check_backbone, check_batch, check_push
 
 RECIPES = [*REPOSITORY.glob("configs/*.yaml"), *REPOSITORY.glob("benchmarks/configs/*.yaml")]
 NEEDED = ["--backbone", "b", "--teacher", "t", "--train_data", "d", "--dev_data", "d"]
@@ -64,6 +57,8 @@ def arguments(tmp_path, *words: str):
         ([*NEEDED, "--metric_for_best_model", "ndgc@10"], "not measured, did you mean ndcg@10"),
         ([*NEEDED, "--metric_for_best_model", "loss"], "not measured"),
         ([*NEEDED, "--metric_for_best_model", "d_generated_mrr@10"], "not measured"),
+        ([*NEEDED, "--report_to", "no-such-tracker"], "report_to cannot be no-such-tracker"),
+        ([*NEEDED, "--report_to", "wandb"], "report_to cannot be wandb: .*installed"),
     ],
 )
 def test_bad_arguments_are_one_line(argv, said):
@@ -144,7 +139,7 @@ class Hub:
 def hub(monkeypatch):
     monkeypatch.setattr(Hub, "made", [])
     monkeypatch.setattr(Hub, "error", None)
-    monkeypatch.setattr("native_retrieval.arguments.HfApi", Hub)
+    monkeypatch.setattr("native_retrieval.preflight.HfApi", Hub)
     return Hub
 
 

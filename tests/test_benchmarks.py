@@ -11,8 +11,8 @@ import torch
 
 from benchmarks import ablation, common, latency, left_out, robustness, training
 from benchmarks import index as index_benchmark
+from messages_native_retrieval import check_messages
 from native_retrieval.arguments import parse
-from processing_native_retrieval import check_messages
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Where is Arnwick Lighthouse?"}],
@@ -110,6 +110,51 @@ def test_a_benchmark_writes_its_result_and_the_command_that_made_it(name, made, 
         assert (tmp_path / "results" / "figures" / f"bench-{name}.png").is_file()
     if name == "load":
         assert result["requests"] == 400 and result["wrong"] == 0
+
+
+def test_robustness_measures_every_variant(made, tmp_path, monkeypatch):
+    output = tmp_path / "results" / "robustness.json"
+    words = ["--model", str(made.model), "--data", str(made.data), "--cache_dir", str(tmp_path / "cache")]
+    monkeypatch.setattr("sys.argv", ["benchmarks/robustness.py", *words, "--output", str(output)])
+    assert not robustness.main()
+    result = json.loads(output.read_text())
+    assert list(result["variants"]) == list(robustness.VARIANTS) and result["num_queries"] == 6
+    assert result["variants"]["as they are"]["difference"] == [0.0, 0.0, 0.0]
+    assert (output.parent / "figures" / "robustness.png").is_file()
+
+
+def test_a_left_out_set_is_compared_query_by_query(made, tmp_path):
+    ids = [f"q{conversation}_{turn}" for conversation in (6, 7) for turn in (1, 2, 3)]
+    values = {"recall@10": 0.5, "mrr@10": 0.5, "ranks": [1, None, 2, 1, 1, 20]}
+    own = {"query_ids": ids, "methods": {left_out.METHOD: values, left_out.BASELINE: values}}
+    row = left_out.judge(str(made.model), str(made.data), own, str(tmp_path))
+    difference, low, high = row["difference_mrr@10"]
+    assert low <= difference <= high
+    assert difference == pytest.approx(row["mrr@10"] - (1 + 0.5 + 1 + 1) / 6, abs=1e-3)
+
+
+def test_an_ablation_goes_on_where_it_stopped_and_checks_every_row_first(tmp_path, monkeypatch):
+    calls = []
+
+    def train(words, folder):
+        calls.append(words)
+        if len(calls) == 4:
+            raise ValueError("train.py has failed")
+        dev = [{"eval_recall@10": 0.5, "eval_mrr@10": 0.25, "eval_ndcg@10": 0.3}]
+        recipe = {"learning_rate": 1e-3, "num_train_epochs": 1, "seed": 0}
+        Path(folder, "training.json").write_text(json.dumps({"dev": dev, "recipe": recipe}))
+
+    monkeypatch.setattr(ablation, "train", train)
+    output = tmp_path / "ablation.json"
+    words = ["ablation.py", "losses", "benchmarks/configs/ablation.yaml", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", [*words, "--sede", "3"])
+    assert ablation.main() == 2 and not calls
+    monkeypatch.setattr("sys.argv", [*words, "--seed", "3"])
+    assert ablation.main() == 2 and len(json.loads(output.read_text())["rows"]) == 3
+    assert not ablation.main() and len(calls) == len(ablation.loss_rows()) + 1
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["name"] for row in rows] == [row["name"] for row in ablation.loss_rows()]
+    assert (tmp_path / "figures" / "ablation.png").is_file()
 
 
 @pytest.mark.parametrize("tokens", [90, 256, 2000])

@@ -297,3 +297,12 @@ def test_no_published_file_holds_a_local_path(backbone_dir, teacher_dir, saved, 
         content = (saved / name).read_bytes()
         assert not [folder for folder in folders if folder in content], name
     assert backbone_dir.name in (saved / "README.md").read_text()
+
+
+def test_a_missing_or_damaged_result_leaves_the_folder_as_it_was(saved, tmp_path):
+    before = sorted(saved.rglob("*"))
+    (tmp_path / "damaged.json").write_text("{")
+    for name in ("nowhere.json", "damaged.json"):
+        with pytest.raises((ValueError, OSError), match=name):
+            write_model_card(saved, [tmp_path / name])
+        assert sorted(saved.rglob("*")) == before

@@ -7,7 +7,8 @@ import datasets
 import numpy as np
 import pytest
 
-from native_retrieval.agent import Agent, search_results
+from native_retrieval.agent import Agent
+from native_retrieval.conversations import search_results
 from native_retrieval.index import DocumentIndex, IndexMismatchError, label
 
 qdrant_client = pytest.importorskip("qdrant_client")

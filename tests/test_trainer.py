@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -484,6 +485,8 @@ def test_train_leaves_a_model_that_loads_and_a_card(stub_training, backbone_dir,
     model = AutoModel.from_pretrained(out, trust_remote_code=True)
     assert model.embed_query("where is the bridge?").shape == (1, 32)
     assert model.config.teacher_fingerprint
+    # The Trainer switches the cache off; pushed like that, the model would generate without one.
+    assert model.backbone.config.use_cache and "use_cache" not in json.loads((out / "config.json").read_text())
     card = (out / "README.md").read_text()
     assert "2603.08429" in card and "recall@10" in card.lower() and str(tmp_path) not in card
     info = json.loads((out / "training.json").read_text())
@@ -508,6 +511,29 @@ def test_a_finished_model_is_replaced_only_on_request(stub_training, backbone_di
     train.main(words(backbone_dir, beir_folder, tmp_path, *QUICK, "--seed", "1", "--overwrite_output_dir"))
     assert (out / "model.safetensors").read_bytes() != before
     assert AutoModel.from_pretrained(out, trust_remote_code=True).embed_query("where?").shape == (1, 32)
+
+
+def test_a_push_sends_what_was_saved_once(stub_training, backbone_dir, beir_folder, tmp_path, monkeypatch, capsys):
+    saved, pushed = [], []
+    save = NativeRetrievalTrainer.save_model
+    monkeypatch.setattr("train.check_push", lambda *args: None)
+    monkeypatch.setattr(NativeRetrievalTrainer, "init_hf_repo", lambda self: None)
+    monkeypatch.setattr(NativeRetrievalTrainer, "save_model", lambda *a, **k: saved.append(k) or save(*a, **k))
+
+    def push(folder, repository, **settings):
+        pushed.append((folder, repository, settings["private"]))
+        assert (tmp_path / "out" / "README.md").exists() and not list(tmp_path.glob("out/checkpoint-*"))
+        if repository == "me/broken":
+            raise ConnectionError("down\nagain")
+        return SimpleNamespace(commit_url="https://hub/commit")
+
+    monkeypatch.setattr("native_retrieval.checkpoints.push_model", push)
+    more = (*QUICK, *NO_DEV, "--save_strategy", "no", "--push_to_hub", "--hub_private_repo", "true", "--hub_model_id")
+    train.main(words(backbone_dir, beir_folder, tmp_path, *more, "me/tiny"))
+    assert pushed == [(str(tmp_path / "out"), "me/tiny", True)] and len(saved) == 1
+    assert "Pushed: https://hub/commit" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the model is in .* but could not be pushed: down.*native_retrieval.card"):
+        train.main(words(backbone_dir, beir_folder, tmp_path, *more, "me/broken", "--overwrite_output_dir"))
 
 
 def test_a_named_checkpoint_is_gone_on_from(stub_training, backbone_dir, beir_folder, tmp_path, monkeypatch):

@@ -68,9 +68,7 @@ def problem_of(asked: dict[str, Any], num_prompt_tokens: int, max_prompt_tokens:
 
 
 @dataclass
-class Wanted:
-    """A request for a vector whose prompt passes in this step."""
-
+class Wanted:  # a request for a vector whose prompt passes in this step
     request_id: str
     token_ids: list[int]
     block_ids: list[int]
