@@ -53,7 +53,7 @@ class QueryCache:
         ids, mask = self.input_ids.cpu(), self.attention_mask.cpu()
         if len(prompts) != len(ids):
             raise ValueError(f"the cache holds {len(ids)} conversations, and {len(prompts)} are to go on from it")
-        columns = self.hidden_states.shape[1]
+        columns = 0 if self.past_key_values is None else self.hidden_states.shape[1]
         for row, prompt in enumerate(prompts):
             at = mask[row, :columns].nonzero().flatten()
             count = min(len(at), len(prompt) - 1)
@@ -68,14 +68,11 @@ class QueryCache:
         more, more_mask = (part.to(self.input_ids.device) for part in pad(rest))
         self.input_ids = torch.cat((self.input_ids[:, :columns], more), dim=1)
         self.attention_mask = torch.cat((self.attention_mask[:, :columns], more_mask), dim=1)
-        self.hidden_states = self.hidden_states[:, :columns]
+        self.hidden_states = self.hidden_states[:, :columns] if columns else None
 
     def _crop(self, columns: int) -> bool:
-        """Keeps the first columns. False, if nothing was kept, or a window or a recurrent state has lost what that needs."""
-        past = self.past_key_values
-        if past is None:
-            return False
-        remove = past.get_seq_length() - columns
+        """Keeps the first columns. False, if a window or a recurrent state has lost what that needs."""
+        past, remove = self.past_key_values, self.past_key_values.get_seq_length() - columns
         for layer in past.layers if remove else ():
             window = min(layer.sliding_window - 1, columns) if getattr(layer, "is_sliding", False) else 0
             if _is_recurrent(layer) or (window and layer.keys.shape[-2] - remove < window):

@@ -159,9 +159,8 @@ class ComposedModel(PreTrainedModel):
 def _refuse_pointers(folder: str) -> None:
     """Raises `OSError` if a local folder holds Git LFS's pointers in the place of its files."""
     for path in (*Path(folder).glob("*.*"), *Path(folder).glob("word_tokenizer/*.*")):
-        with path.open("rb") as file:
-            if file.read(23) == b"version https://git-lfs":
-                raise OSError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
+        if path.is_file() and path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
+            raise OSError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
 
 
 def _unpickled(cls, config, processor, head: dict, parts: tuple | None, training: bool) -> "ComposedModel":

@@ -330,8 +330,8 @@ class NativeRetrievalModel(ComposedModel, GenerationMixin):
         backbone.generation_config = settings
         prompt = {"attention_mask": cache.attention_mask, "past_key_values": past}
         output = backbone.generate(cache.input_ids, settings, **prompt, **kwargs)
-        steps = [self._stacked(step) for step in output.hidden_states]
-        cache.hidden_states = torch.cat((cache.hidden_states[:, :known], *steps), dim=1)
+        before = [cache.hidden_states[:, :known]] if known else []
+        cache.hidden_states = torch.cat(before + [self._stacked(step) for step in output.hidden_states], dim=1)
         cache.input_ids = output.sequences[:, : cache.hidden_states.shape[1]]
         generated = cache.input_ids.shape[1] - cache.attention_mask.shape[1]
         cache.attention_mask = F.pad(cache.attention_mask, (0, generated), value=1)
