@@ -12,35 +12,30 @@ QUERY_MODES = ("context", "generated")
 
 class NativeRetrievalConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`NativeRetrievalModel`]. Every field is checked when it is set: a value that cannot work raises
-    `ValueError` with the value seen and the value wanted.
+    Configuration of a [`NativeRetrievalModel`]. A value that cannot work raises `ValueError`, naming what is wanted.
 
     The backbone (its own configuration stays in its own checkpoint):
         hidden_size, num_hidden_layers, vocab_size (`int`): the backbone's sizes.
         backbone_name_or_path, backbone_revision (`str`, *optional*): the Hub id and revision of the backbone.
         store_backbone (`bool`, defaults to `True`):
-            Whether `save_pretrained` writes the backbone's checkpoint to `backbone/`. If not, `from_pretrained` fetches it
-            from `backbone_name_or_path`, or takes it from its argument `backbone`.
+            Whether `save_pretrained` writes the backbone to `backbone/`. If not, `from_pretrained` fetches it by its name.
 
     The teacher, which is the embedding model of the document index:
         embedding_dim (`int`, defaults to 384): width of its vectors, and of the query vectors.
         teacher_name_or_path, teacher_revision (`str`, *optional*): its Hub id and revision.
         teacher_fingerprint (`str`, *optional*):
-            256 bits, hexadecimal, of the teacher's vectors of fixed sentences. An index carries the same. A model and an
-            index whose fingerprints differ refuse each other.
+            256 bits, hexadecimal, of the teacher's vectors of fixed sentences; model and index must have the same.
 
     Queries:
         query_mode (`"context"` or `"generated"`, defaults to `"context"`):
-            `"context"`: the head reads hidden states of the prompt; no query is written. `"generated"` (arXiv 2603.08429):
-            the backbone writes a query, and the head reads the hidden states of its tokens.
+            The head reads hidden states of the prompt, or of a query that the backbone writes (arXiv 2603.08429).
         num_context_tokens (`int`, defaults to 16): the last prompt tokens that the projection head reads.
         query_prompt (`str`): how the assistant's turn begins when the backbone writes a query.
         max_query_tokens (`int`, defaults to 32): longest written query, in tokens.
 
     The head:
         hidden_state_layers (`list[int]`, *optional*):
-            Layers that it reads, as indices into `hidden_states` (0 = embeddings). Default: five, the last at seven tenths
-            of the depth.
+            Layers that it reads (0 = embeddings). Default: five, the last at seven tenths of the depth.
         head_dim, head_num_layers, head_num_attention_heads, head_dropout: transformer encoder of the projection head.
         head_skip (`bool`, defaults to `True`): whether a linear path runs beside the encoder. The paper has none.
         copy_num_heads (`int`, defaults to 8): attention heads of the copy path; 0 gives the paper's head, without it.
@@ -89,7 +84,7 @@ class NativeRetrievalConfig(PreTrainedConfig):
         self._check()
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers; of a local folder, only its name is written: the rest concerns nobody else."""
+        """As in transformers, but a local folder's path is cut to its name: the rest concerns nobody else."""
         fields = super().to_dict()
         for name in ("backbone_name_or_path", "teacher_name_or_path"):
             value = fields.get(name)
@@ -102,8 +97,8 @@ class NativeRetrievalConfig(PreTrainedConfig):
             if not condition:
                 raise ValueError(f"NativeRetrievalConfig: {message}")
 
-        modes, depth, layers = ", ".join(QUERY_MODES), self.num_hidden_layers, self.hidden_state_layers
-        need(self.query_mode in QUERY_MODES, f"query_mode={self.query_mode!r} is unknown; choose one of {modes}")
+        depth, layers = self.num_hidden_layers, self.hidden_state_layers
+        need(self.query_mode in QUERY_MODES, f"query_mode={self.query_mode!r} is unknown; choose one of {QUERY_MODES}")
         at_least_one = ("hidden_size", "num_hidden_layers", "vocab_size", "embedding_dim", "num_context_tokens")
         at_least_one += ("max_query_tokens", "head_dim", "head_num_attention_heads", "copy_head_dim", "copy_vocab_size")
         for name in (*at_least_one, "head_num_layers", "copy_num_heads"):

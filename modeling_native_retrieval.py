@@ -8,46 +8,33 @@ Ships to the Hub beside the configuration, the processor and the head; imports t
 """
 
 import copy
-import os
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 try:  # on the Hub these files form a package; in the repository they are plain modules
+    from .cache_native_retrieval import QueryCache, generation_settings, token_rows
+    from .checkpoint_native_retrieval import ComposedModel
     from .configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
     from .head_native_retrieval import NativeRetrievalHead, Words
-    from .processing_native_retrieval import NativeRetrievalProcessor, as_conversations
+    from .messages_native_retrieval import as_conversations
+    from .processing_native_retrieval import NativeRetrievalProcessor
 except ImportError:
+    from cache_native_retrieval import QueryCache, generation_settings, token_rows
+    from checkpoint_native_retrieval import ComposedModel
     from configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
     from head_native_retrieval import NativeRetrievalHead, Words
-    from processing_native_retrieval import NativeRetrievalProcessor, as_conversations
+    from messages_native_retrieval import as_conversations
+    from processing_native_retrieval import NativeRetrievalProcessor
 
 logger = logging.get_logger(__name__)
 
-BACKBONE = "backbone"  # a sub-folder with an ordinary checkpoint
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-BACKBONE_ARGUMENTS = ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_buffers")
-BACKBONE_ARGUMENTS += ("attn_implementation", "quantization_config", "low_cpu_mem_usage")
-# How `generate` fills a cache: no matter what a backbone's own settings say, it goes on from ours.
-HOW = ("use_cache", "cache_implementation", "prefill_chunk_size")
-# With one of these, `generate` goes other ways than one cache can follow.
-ALONE = {"num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "use_cache": True, "use_mtp": False}
-ALONE |= dict.fromkeys(("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "custom_generate"))
-ALONE |= dict.fromkeys(("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "token_healing", *HOW[1:]))
-ALONE |= dict.fromkeys(("inputs_embeds", "position_ids"))  # the cache may lay the rows out otherwise
 NO_BACKBONE = "this model was loaded without its backbone; load it with one, or give hidden_states"
-# Its vector is stored with the weights and computed again at load.
-REFERENCE = [
-    {"role": "user", "content": "Who painted Guernica?"},
-    {"role": "assistant", "content": "Pablo Picasso painted it in 1937."},
-    {"role": "user", "content": "Where does it hang today?"},
-]
 
 
 @dataclass
@@ -68,34 +55,7 @@ class NativeRetrievalOutput(ModelOutput):
     query_ids: list[list[int]] | None = None
 
 
-@dataclass
-class QueryCache:
-    """
-    Prompts that have passed through the backbone: `input_ids`, `attention_mask` `(batch, tokens)`, the `hidden_states`
-    `(batch, tokens, layers, hidden_size)` that the head reads, the backbone's own cache (`past_key_values`, unless it was
-    not kept), and the `words` that the processor has read of their turns.
-    """
-
-    input_ids: torch.LongTensor
-    attention_mask: torch.LongTensor
-    hidden_states: torch.FloatTensor | None = None
-    past_key_values: Any = None
-    words: dict = field(default_factory=dict)
-
-    def crop(self, columns: int) -> bool:
-        """Keeps the first columns. False, if a window or a recurrent state has lost what that needs."""
-        past, remove = self.past_key_values, self.past_key_values.get_seq_length() - columns
-        for layer in past.layers if remove else ():
-            window = min(layer.sliding_window - 1, columns) if getattr(layer, "is_sliding", False) else 0
-            if hasattr(layer, "recurrent_states") or (window and layer.keys.shape[-2] - remove < window):
-                return False
-        if remove:
-            past.activate_past_recording()  # `generate` may switch it off, and windows then refuse to be cropped
-            past.crop(-remove)
-        return True
-
-
-class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
+class NativeRetrievalModel(ComposedModel, GenerationMixin):
     """
     A causal language model and a head that turns its hidden states into query vectors for an existing index.
 
@@ -153,113 +113,6 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
 
     # -- load and save --------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, backbone: Any = None, **kwargs):
-        """
-        As in transformers. `dtype`, `device_map`, `max_memory`, `attn_implementation` and `quantization_config` concern the
-        backbone; the head stays in float32. Everything is read before it returns.
-
-        Args:
-            backbone (*optional*): a path, Hub id or loaded model instead of the stored one; `False` loads the head alone.
-        """
-        path, own = pretrained_model_name_or_path, {k: kwargs.pop(k) for k in BACKBONE_ARGUMENTS if k in kwargs}
-        hub = {k: kwargs[k] for k in HUB_ARGUMENTS if kwargs.get(k) is not None}
-        subfolder = kwargs.get("subfolder") or ""
-        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, subfolder, "config.json")):
-            raise OSError(f"{os.path.join(path, subfolder)} has no config.json; give the folder of a saved model")
-        loaded = super().from_pretrained(path, *args, dtype=torch.float32, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        # With a config at hand, the tokenizers' loader does not ask about this repository's code once more.
-        model.processor = NativeRetrievalProcessor.from_pretrained(
-            path, config=model.config, subfolder=subfolder, **hub
-        )
-        if backbone is False:
-            return loaded
-        if not isinstance(backbone, PreTrainedModel):
-            if backbone is None and model.config.store_backbone:
-                backbone, own["subfolder"] = path, os.path.join(subfolder, BACKBONE)
-                own["trust_remote_code"] = kwargs.get("trust_remote_code")
-            else:
-                hub["revision"] = None if backbone else model.config.backbone_revision
-                backbone = backbone or model.config.backbone_name_or_path
-            own = {k: v for k, v in {**hub, **own}.items() if v is not None}
-            try:
-                backbone = AutoModelForCausalLM.from_pretrained(backbone, **own)
-            except OSError as error:
-                reason = " ".join(str(error).split())
-                raise OSError(f"backbone {backbone!r} cannot be loaded ({reason}); give backbone='path'") from error
-        model._set_backbone(backbone)
-        model._check_reference()
-        return loaded
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """
-        As in transformers: the head's weights, the configuration, the processor and the code at the root; the backbone as
-        an ordinary checkpoint, with its tokenizer, in `backbone/`, unless `store_backbone` is False.
-        """
-        if kwargs.pop("push_to_hub", False):  # transformers would push before the tokenizers are written
-            names = ("commit_message", "private", "token", "revision", "create_pr")
-            hub = {name: kwargs.pop(name) for name in names if name in kwargs}
-            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            self.save_pretrained(save_directory, *args, **kwargs)
-            return self.push_to_hub(repo_id, **hub)
-        if kwargs.get("is_main_process", True):  # train.py's checksums are of the weights that are replaced now
-            for pattern in ("*.safetensors.sha256", f"{BACKBONE}/*.safetensors.sha256"):
-                for checksum in Path(save_directory).glob(pattern):
-                    checksum.unlink()
-        given = kwargs.pop("state_dict", None)
-        if given is None and self.backbone is not None and self.processor is not None:
-            self.set_reference()
-        state, own = given or self.state_dict(), f"{BACKBONE}."
-        head = {name: weight for name, weight in state.items() if not name.startswith(own)}
-        super().save_pretrained(save_directory, *args, state_dict=head, **kwargs)
-        if not kwargs.get("is_main_process", True) or self.processor is None:
-            return
-        self.processor.save_pretrained(save_directory)
-        if self.backbone is not None and self.config.store_backbone:
-            folder = os.path.join(save_directory, BACKBONE)
-            weights = {n.removeprefix(own): w for n, w in state.items() if n.startswith(own)} if given else None
-            self.backbone.save_pretrained(folder, *args, state_dict=weights, **kwargs)
-            self.tokenizer.save_pretrained(folder)
-
-    @torch.no_grad()
-    def set_reference(self) -> None:
-        """Stores the vector of one fixed conversation, so that loading can tell whether it still comes out."""
-        self.reference_embedding.copy_(self._reference())
-
-    def _reference(self) -> torch.Tensor:
-        training = self.training
-        input_ids, mask = self.processor.pad([self.processor.encode(REFERENCE)])
-        vector = self.eval()(input_ids.to(self._device()), mask.to(self._device())).query_embeddings[0]
-        self.train(training)
-        return vector
-
-    @torch.no_grad()
-    def _check_reference(self) -> None:
-        cosine = float(F.cosine_similarity(self.reference_embedding.cpu(), self._reference().cpu(), dim=0))
-        quantized = getattr(self.backbone, "hf_quantizer", None) is not None
-        if not cosine > (0.9 if quantized else 0.9995):
-            logger.warning(
-                f"A fixed conversation's vector has a cosine of {cosine:.4f} to the one stored with this model, wanted 1. "
-                "Weights, backbone, tokenizer or libraries are not those of its training; queries will find less."
-            )
-
-    def __reduce__(self):
-        # transformers puts local functions into a backbone at its first pass, and no pickle takes these.
-        parts, backbone = None, self.backbone
-        if (
-            backbone is not None
-        ):  # buffers that are not saved, such as angles of positions, have a precision of their own
-            tensors = backbone.state_dict(), dict(backbone.named_buffers())
-            parts = (type(backbone), backbone.config, backbone.generation_config, *tensors)
-        head = {n: w for n, w in self.state_dict().items() if not n.startswith(f"{BACKBONE}.")}
-        return _unpickled, (type(self), self.config, self.processor, head, parts, self.training)
-
-    def __deepcopy__(self, memo: dict) -> "NativeRetrievalModel":
-        memo[id(self)] = twin = type(self).__new__(type(self))
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return twin
-
     @property
     def tokenizer(self):
         """The backbone's tokenizer, `processor.tokenizer`."""
@@ -303,6 +156,8 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             `ValueError`: for shapes that do not fit, or without a backbone for what needs one.
         """
         device = self.query_head.projection.linear_in.weight.device
+        if input_ids is None and words is None:
+            raise ValueError("there is nothing to embed; give input_ids, or words alone")
         if input_ids is None:
             return NativeRetrievalOutput(query_embeddings=self.query_head.lexical(words.to(device)))
         if attention_mask is None:
@@ -418,11 +273,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             pad_token_id=self.processor.pad_token_id,
         )
         mask = torch.cat((cache.attention_mask, torch.ones_like(start)), dim=1)
-        past = copy.copy(cache.past_key_values)
-        if past is not None:  # layers replace their tensors; recurrent ones write into them
-            recurrent = [hasattr(layer, "recurrent_states") for layer in past.layers]
-            past.layers = [copy.deepcopy(x) if r else copy.copy(x) for x, r in zip(past.layers, recurrent, strict=True)]
-        copied = QueryCache(torch.cat((cache.input_ids, start), dim=1), mask, cache.hidden_states, past)
+        copied = QueryCache(torch.cat((cache.input_ids, start), dim=1), mask, cache.hidden_states, cache.fork())
         self._generate(copied, settings)
         begin, end = mask.shape[1], mask.shape[1] + self.config.max_query_tokens
         written = copied.input_ids[:, begin:end]
@@ -454,17 +305,9 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         if not isinstance(cache, QueryCache):
             return self.backbone.generate(input_ids, generation_config, **kwargs)
         del kwargs["past_key_values"]
-        rows = self._rows(input_ids, kwargs.pop("attention_mask", None))
-        settings, own = (
-            copy.deepcopy(generation_config or GenerationConfig()),
-            self.backbone.generation_config.to_dict(),
-        )
-        settings.update(**{name: own[name] for name in own if name not in HOW}, defaults_only=True)
-        kwargs = settings.update(**kwargs)
-        for name, plain in ALONE.items():
-            if kwargs.get(name, getattr(settings, name, None)) not in (None, plain):
-                raise ValueError(f"generate cannot go on from a cache with {name}; leave {name} or past_key_values out")
-        self._continue(cache, rows)
+        rows = token_rows(input_ids, kwargs.pop("attention_mask", None), self.config.vocab_size)
+        settings, kwargs = generation_settings(generation_config, self.backbone.generation_config, kwargs)
+        cache.lay_out(rows, self.processor.pad)
         laid_out, shift = cache.input_ids.shape[1], cache.input_ids.shape[1] - input_ids.shape[1]
         for name in ("max_length", "min_length"):  # both count columns
             if getattr(settings, name) is not None:
@@ -494,49 +337,6 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         cache.attention_mask = F.pad(cache.attention_mask, (0, generated), value=1)
         cache.past_key_values = past
         return output
-
-    def _continue(self, cache: QueryCache, prompts: list[list[int]]) -> None:
-        """
-        Lays prompts out in a cache, in place: the columns that they all begin with stay, and the rest is padded on the
-        left. At least one token of each is left to pass: from its state the next follows.
-        """
-        ids, mask = cache.input_ids.cpu(), cache.attention_mask.cpu()
-        if len(prompts) != len(ids):
-            raise ValueError(f"the cache holds {len(ids)} conversations, and {len(prompts)} are to go on from it")
-        columns = cache.hidden_states.shape[1]
-        for row, prompt in enumerate(prompts):
-            at = mask[row, :columns].nonzero().flatten()
-            count = min(len(at), len(prompt) - 1)
-            same = (ids[row, at[:count]] == torch.tensor(prompt[:count])).long().cumprod(0).sum()
-            columns = min(columns, int(at[same]) if same < len(at) else columns)
-        counts = mask[:, :columns].sum(1).tolist()
-        rest = [prompt[count:] for prompt, count in zip(prompts, counts, strict=True)]
-        # Windows and recurrent states count columns, padding between the tokens of a row included.
-        past = cache.past_key_values
-        plain = past is not None and all(type(layer).__name__ == "DynamicLayer" for layer in past.layers)
-        aligned = any(counts) and (plain or len({*map(len, rest)}) == 1)
-        if past is None or not aligned or not cache.crop(columns):
-            columns, rest, cache.past_key_values = 0, prompts, None
-        more = [part.to(cache.input_ids.device) for part in self.processor.pad(rest)]
-        cache.input_ids = torch.cat((cache.input_ids[:, :columns], more[0]), dim=1)
-        cache.attention_mask = torch.cat((cache.attention_mask[:, :columns], more[1]), dim=1)
-        cache.hidden_states = cache.hidden_states[:, :columns]
-
-    def _rows(self, input_ids: Any, attention_mask: torch.Tensor | None) -> list[list[int]]:
-        """Checked token ids without their padding."""
-        if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-            seen = tuple(getattr(input_ids, "shape", ())) or type(input_ids).__name__
-            raise ValueError(f"input_ids is {seen}; give a tensor of token ids (batch, tokens)")
-        outside = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)]
-        if len(outside):
-            raise ValueError(f"input_ids holds {int(outside[0])}, outside the vocabulary of {self.config.vocab_size}")
-        if attention_mask is None and len(input_ids) > 1:
-            raise ValueError("token ids of several rows may hold padding; give attention_mask as well")
-        mask = torch.ones_like(input_ids) if attention_mask is None else torch.as_tensor(attention_mask).to(input_ids)
-        if mask.shape != input_ids.shape or not input_ids.numel() or not mask.any(1).all():
-            shapes = f"{tuple(mask.shape)} and {tuple(input_ids.shape)}"
-            raise ValueError(f"attention_mask and input_ids, {shapes}, need one shape and a token in each row")
-        return [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
 
     # -- conversations to vectors ---------------------------------------------------------------------------------------
 
@@ -579,7 +379,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
             kind = type(past_key_values).__name__
             raise ValueError(f"past_key_values is a {kind}; give what embed_query(..., return_cache=True) returned")
         if isinstance(queries, torch.Tensor):
-            prompts = self._rows(queries, attention_mask)
+            prompts = token_rows(queries, attention_mask, self.config.vocab_size)
         else:
             pairs = as_conversations(queries, tools)
             prompts = [self.processor.encode(messages, tools=own, **template_kwargs) for messages, own in pairs]
@@ -590,7 +390,7 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         if (cache := past_key_values) is None:
             cache = self.prefill(*self.processor.pad(prompts))
         else:
-            self._continue(cache, prompts)
+            cache.lay_out(prompts, self.processor.pad)
             self._pass(cache)
         output = self.embed_prefilled(cache, mode)
         if output.attributions is not None:  # not those of a written query
@@ -633,22 +433,6 @@ class NativeRetrievalModel(PreTrainedModel, GenerationMixin):
         if mode not in QUERY_MODES:
             raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(QUERY_MODES)}")
         return mode
-
-
-def _unpickled(cls, config, processor, head: dict, parts: tuple | None, training: bool) -> NativeRetrievalModel:
-    with torch.device("meta"):
-        model = cls(config, None, processor)
-        backbone = parts and parts[0](parts[1])
-    model.load_state_dict(head, assign=True)
-    if parts is not None:
-        _, _, backbone.generation_config, weights, buffers = parts
-        backbone.load_state_dict(weights, assign=True)
-        backbone.tie_weights()
-        for name, buffer in buffers.items():
-            owner, _, leaf = name.rpartition(".")
-            setattr(backbone.get_submodule(owner), leaf, buffer)
-        model._set_backbone(backbone)
-    return model.train(training)
 
 
 NativeRetrievalModel.register_for_auto_class("AutoModel")

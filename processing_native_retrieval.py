@@ -7,12 +7,11 @@ It knows text and tokenizers, and nothing of models. Ships to the Hub; imports t
 """
 
 import copy
-import json
 import re
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -22,154 +21,24 @@ from transformers.utils import logging
 
 try:  # on the Hub these files form a package; in the repository they are plain modules
     from .head_native_retrieval import Words
+    from .messages_native_retrieval import (
+        ROLES,
+        as_conversations,
+        check_messages,
+        forms,
+        plain_prompt,
+        shorter,
+        strings,
+    )
 except ImportError:
     from head_native_retrieval import Words
+    from messages_native_retrieval import ROLES, as_conversations, check_messages, forms, plain_prompt, shorter, strings
 
 logger = logging.get_logger(__name__)
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-ALIASES = {"human": "user", "ai": "assistant", "model": "assistant", "bot": "assistant"}
-INVISIBLE = re.compile("[\\s\u00ad\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]+")
-CUT = "\n[...]\n"  # where the middle of a long text was
-SHORTEST_CUT = 32  # tokens that are left of a text whose middle is cut
-Message = dict[str, Any]
 
 # A fast tokenizer keeps "special tokens are text" and "truncate" as settings of one shared object.
 _TOKENIZER_LOCK = threading.Lock()
-
-
-# -- messages as agents send them ---------------------------------------------------------------------------------------
-
-
-def as_conversations(queries: Any, tools: list | None = None) -> list[tuple[list[Message], list | None]]:
-    """
-    What callers give for one or several queries, to `(messages, tools)` pairs.
-
-    A query is a string, a message, a conversation, or a row `{"messages": [...], "tools": [...]}`. A message is a dict
-    in OpenAI's format, a `(role, content)` pair, or an object with `model_dump`. Several are any sequence of these.
-
-    Raises:
-        `ValueError`: naming the query that is none of these.
-    """
-    if isinstance(queries, (str, dict)) or hasattr(queries, "model_dump"):
-        queries = [queries]
-    elif isinstance(queries, (bytes, int, float, type(None), torch.Tensor)) or not isinstance(queries, Iterable):
-        raise ValueError(f"queries is a {type(queries).__name__}; give a string, a conversation, or a list of either")
-    queries = list(queries)
-    if queries and all(map(_is_message, queries)):
-        queries = [queries]
-    kinds = {str if isinstance(query, str) else _is_message(query) for query in queries}
-    if len(kinds) > 1 or True in kinds:
-        raise ValueError("queries mixes strings, messages and conversations; give a list of one kind")
-    found = []
-    for i, query in enumerate(queries):
-        own, name = tools, "conversation" if len(queries) == 1 else f"conversation {i}"
-        if isinstance(query, str):
-            query = [{"role": "user", "content": query}]
-            name = f"query {i}"
-        elif isinstance(query, dict) and "messages" in query:
-            query, own = query["messages"], query.get("tools") or tools
-        check_messages(query, name)
-        found.append((list(query), own))
-    return found
-
-
-def _is_message(value: Any) -> bool:
-    if isinstance(value, dict):
-        return "messages" not in value
-    pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, str) for part in value)
-    return hasattr(value, "model_dump") or (pair and ALIASES.get(value[0], value[0]) in ROLES)
-
-
-def _as_dict(message: Any) -> Message | None:
-    if hasattr(message, "model_dump"):
-        message = message.model_dump(exclude_none=True)
-    elif _is_message(message) and not isinstance(message, dict):
-        message = {"role": message[0], "content": message[1]}
-    if not isinstance(message, dict):
-        return None
-    role = message.get("role", message.get("type"))
-    return {**message, "role": ALIASES.get(role, role) if isinstance(role, str) else role}
-
-
-def check_messages(messages: Any, name: str = "conversation") -> None:
-    """Raises `ValueError` in one line unless `messages` is a conversation that a query can be taken from."""
-    if isinstance(messages, (str, bytes, dict)) or not isinstance(messages, Iterable):
-        raise ValueError(f"{name} is a {type(messages).__name__}; give a list of {{'role', 'content'}} messages")
-    messages = list(messages)
-    if not messages:
-        raise ValueError(f"{name} is empty; give at least one message")
-    for i, given in enumerate(messages):
-        message = _as_dict(given)  # never quote the text itself: it may be private, and errors end in logs
-        if message is None or message["role"] is None:
-            kind = type(given).__name__ if message is None else "dict without a role"
-            raise ValueError(f"{name}, message {i}, is a {kind}; give {{'role', 'content'}}")
-        if message["role"] not in ROLES:
-            raise ValueError(f"{name}, message {i}: unknown role {message['role']!r}; use one of {', '.join(ROLES)}")
-        content = message.get("content")
-        if not isinstance(content, (str, list, tuple, dict, type(None))):
-            kind = type(content).__name__
-            raise ValueError(f"{name}, message {i}: content is a {kind}; give a string, a list of parts, or null")
-    cleaned = clean_messages(messages)
-    if cleaned[-1]["role"] == "user" and not INVISIBLE.sub("", cleaned[-1]["content"]):
-        raise ValueError(f"{name}: the last turn, message {len(messages) - 1}, is empty; give the user's question")
-    if not any(INVISIBLE.sub("", m["content"]) or m.get("tool_calls") for m in cleaned if m["role"] not in ROLES[:2]):
-        raise ValueError(f"{name} has no text in any turn; give at least one turn with text")
-
-
-def clean_messages(messages: Iterable[Any]) -> list[Message]:
-    """
-    Messages in OpenAI's format to dicts whose `content` is a string: parts are joined by a line break, images and audio
-    leave a short mark, `refusal` and `function_call` become content and `tool_calls`, and invalid text is replaced.
-    """
-    cleaned = []
-    for message in map(_as_dict, messages):
-        message = {key: _clean(value) for key, value in message.items() if value is not None and value != []}
-        text = _text(message.get("content")) or _text(message.pop("refusal", None))
-        message["content"] = text or _text((message.get("audio") or {}).get("transcript"))
-        if "function_call" in message:
-            message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
-        cleaned.append(message)
-    return cleaned
-
-
-def _clean(value: Any) -> Any:
-    """The same with every string in it valid Unicode: lone surrogates become U+FFFD, NUL is left out."""
-    if isinstance(value, str):
-        if not value.isascii():
-            value = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return value.replace("\0", "")
-    if isinstance(value, dict):
-        return {_clean(key): _clean(part) for key, part in value.items()}
-    return [_clean(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-def _text(content: Any) -> str:
-    """The text of a message's content: a string, null, a part, or a list of parts."""
-    if isinstance(content, (list, tuple)):
-        return "\n".join(filter(None, map(_text, content)))
-    if not isinstance(content, dict):
-        return content if isinstance(content, str) else "" if content is None else str(content)
-    for key in ("text", "refusal", "transcript", "content", "thinking", "reasoning"):
-        if content.get(key):
-            return _text(content[key])
-    kind = str(content.get("type", "part"))
-    return (
-        ""
-        if kind.endswith("text")
-        else f"[{next((k for k in ('image', 'audio', 'video', 'file') if k in kind), kind)}]"
-    )
-
-
-def _strings(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)
-
-
-# -- the processor ------------------------------------------------------------------------------------------------------
 
 
 class NativeRetrievalProcessor(ProcessorMixin):
@@ -201,7 +70,7 @@ class NativeRetrievalProcessor(ProcessorMixin):
         self.query_ends = sorted({i for i, piece in enumerate(self._pieces) if b"\n" in piece} | set(self.special_ids))
         ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_token_id: int = next(i for i in ends if i is not None)
-        call = {"type": "function", "function": {"name": "zyxwvu", "arguments": '{"q": "utsrqp"}'}}
+        call = {"id": "call00000", "type": "function", "function": {"name": "zyxwvu", "arguments": '{"q": "utsrqp"}'}}
         user, asks = {"role": "user", "content": "Hello."}, {"role": "assistant", "content": "", "tool_calls": [call]}
         late = [user, {"role": "assistant", "content": "Yes?"}, {"role": "system", "content": "ponmlk"}, user]
         self._knows = {role for role in ROLES[:2] if self._shows([{"role": role, "content": "ponmlk"}, user], "ponmlk")}
@@ -249,8 +118,11 @@ class NativeRetrievalProcessor(ProcessorMixin):
             `ValueError`: for malformed messages, a template that refuses them in every form, or a prompt that is too long
                 with `truncation=False`.
         """
-        check_messages(messages)
-        messages = clean_messages(messages)
+        messages = check_messages(messages)
+        while messages[-1]["role"] == "assistant" and not (
+            messages[-1]["content"].strip() or "tool_calls" in messages[-1]
+        ):
+            messages.pop()  # a turn that has not begun
         input_ids, limit = self._encode(messages, tools, template_kwargs), self.max_prompt_tokens
         if limit is None or len(input_ids) <= limit:
             return input_ids
@@ -260,18 +132,17 @@ class NativeRetrievalProcessor(ProcessorMixin):
             f"A prompt has {len(input_ids)} tokens, over max_prompt_tokens={limit}. Long tool results lose their middle, then "
             "the oldest turns are dropped. (Said once.)"
         )
-        for shorter in _shorter(messages, limit):
-            input_ids = self._encode(shorter, tools, template_kwargs)
+        for less in shorter(messages, limit):
+            input_ids = self._encode(less, tools, template_kwargs)
             if len(input_ids) <= limit:
                 return input_ids
         return input_ids[: limit // 4] + input_ids[-(limit - limit // 4) :]
 
-    def _encode(self, messages: list[Message], tools: list | None, template_kwargs: dict) -> list[int]:
-        messages = self._fold(messages)
-        forged = any(token in text for text in _strings([messages, tools]) for token in self._special_tokens if token)
+    def _encode(self, messages: list[dict], tools: list | None, template_kwargs: dict) -> list[int]:
+        forged = any(token in text for text in strings([messages, tools]) for token in self._special_tokens if token)
         if not self.tokenizer.chat_template:
             with _TOKENIZER_LOCK:
-                return self.tokenizer(_plain_prompt(messages), split_special_tokens=forged)["input_ids"]
+                return self.tokenizer(plain_prompt(messages), split_special_tokens=forged)["input_ids"]
         last = messages[-1]
         half_turn = last["role"] == "assistant" and bool(last["content"].strip()) and "tool_calls" not in last
         options = {"add_generation_prompt": not half_turn, "continue_final_message": half_turn}
@@ -279,49 +150,22 @@ class NativeRetrievalProcessor(ProcessorMixin):
             options = {}
         options |= {"tools": tools, "return_dict": False, "sanitize_control_tokens": forged} | template_kwargs
         refused = None
-        # Templates refuse what they do not know by raising whatever their author chose.
-        for candidate in (lambda: messages, lambda: _with_parsed_arguments(messages), lambda: _alternating(messages)):
+        for form in forms(messages, self._knows):
             try:
                 with _TOKENIZER_LOCK:
-                    return self.tokenizer.apply_chat_template(candidate(), **options)
-            except Exception as error:
+                    return self.tokenizer.apply_chat_template(form, **options)
+            except Exception as error:  # templates refuse by raising whatever their author chose
                 refused = refused or error
         # The words of the template's author; transformers' own would quote the conversation.
         said = type(refused).__name__ == "TemplateError"
         reason = " ".join(str(refused).split()) if said else type(refused).__name__
         raise ValueError(f"the tokenizer's chat template refuses this conversation: {reason}")
 
-    def _fold(self, messages: list[Message]) -> list[Message]:
-        """What the chat template does not know, as text or in another role, so that no call and no result is lost."""
-        folded, moved = [], []
-        for message in messages:
-            message, role = dict(message), message["role"]
-            if "tool_calls" in message and "tool_calls" not in self._knows:
-                calls = [call.get("function", call) for call in message.pop("tool_calls") if isinstance(call, dict)]
-                texts = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in calls]
-                message["content"] = "\n".join(filter(None, [message["content"], *texts]))
-            if role == "developer" and role not in self._knows:
-                message["role"] = role = "system"
-            if role == "function" and role not in self._knows:
-                message["role"] = role = "tool"
-            if role == "tool" and role not in self._knows:
-                message |= {"role": "user", "content": f"Tool result:\n{message['content']}"}
-            if role == "system" and "system" not in self._knows:
-                message["role"] = "user"
-            elif role == "system" and folded and "late system" not in self._knows:
-                moved.append(message["content"])
-                continue
-            folded.append(message)
-        if moved:
-            logger.warning_once("The chat template refuses system messages after the first; they move to the front.")
-            first = folded.pop(0)["content"] if folded and folded[0]["role"] == "system" else ""
-            folded.insert(0, {"role": "system", "content": "\n\n".join(filter(None, [first, *moved]))})
-        return folded
-
-    def _shows(self, messages: list[Message], *texts: str) -> bool:
-        with suppress(Exception):
-            prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return all(text in prompt for text in texts)
+    def _shows(self, messages: list[dict], *texts: str) -> bool:
+        for form in islice(forms(messages, {*ROLES, "late system", "tool_calls"}), 2):
+            with suppress(Exception):
+                prompt = self.tokenizer.apply_chat_template(form, tokenize=False, add_generation_prompt=True)
+                return all(text in prompt for text in texts)
         return False
 
     def _between(self, roles: tuple[str, ...]) -> tuple[list[list[int]], bool]:
@@ -447,74 +291,6 @@ class NativeRetrievalProcessor(ProcessorMixin):
         return encoding.ids, places.clamp(max=len(tokens) - 1)
 
 
-def _with_parsed_arguments(messages: list[Message]) -> list[Message]:
-    """OpenAI's arguments are JSON in a string; some templates want them parsed."""
-    parsed = json.loads(json.dumps(messages))
-    for call in (call for message in parsed for call in message.get("tool_calls", ())):
-        function = call.get("function", call)
-        with suppress(ValueError, TypeError):
-            function["arguments"] = json.loads(function["arguments"])
-    return parsed
-
-
-def _alternating(messages: list[Message]) -> list[Message]:
-    """The same for a template that wants a user's turn first, and users' and assistant's turns by turns."""
-    merged: list[Message] = []
-    for message in messages:
-        role = message["role"] if message["role"] in ("assistant", "system") else "user"
-        if not message["content"].strip():
-            continue
-        if merged and merged[-1]["role"] == role:
-            merged[-1]["content"] += "\n" + message["content"]
-        else:
-            merged.append({"role": role, "content": message["content"]})
-    first = int(merged[0]["role"] == "system")
-    if len(merged) == first or merged[first]["role"] == "assistant":
-        merged.insert(first, {"role": "user", "content": "Hello."})
-    return merged
-
-
-def _plain_prompt(messages: list[Message]) -> str:
-    """A prompt for a tokenizer without a chat template."""
-    text = "".join(f"{message['role'].capitalize()}: {message['content']}\n" for message in messages)
-    return text[:-1] if messages[-1]["role"] == "assistant" else text + "Assistant:"
-
-
-def _shorter(messages: list[Message], limit: int) -> Iterable[list[Message]]:
-    """Ever shorter forms of a conversation; `limit` is the prompt's, in tokens."""
-    caps = [limit >> i for i in range(1, 32) if limit >> i >= SHORTEST_CUT]
-    results = [i for i, message in enumerate(messages) if message["role"] == "tool"]
-    for cap in caps if results else ():
-        messages = [_cut(message, cap) if i in results else message for i, message in enumerate(messages)]
-        yield messages
-    messages = list(messages)
-    while True:
-        question = max((i for i, m in enumerate(messages[:-1]) if m["role"] == "user"), default=len(messages) - 1)
-        if messages[-1]["role"] == "user":
-            question = len(messages) - 1
-        old = [i for i, m in enumerate(messages[:question]) if m["role"] not in ROLES[:2]]
-        old = old or list(range(question + 1, len(messages) - 1))
-        if not old:
-            break
-        # A tenth at a time, so that a very long history is not rendered once for every turn in it.
-        count = max(1, len(old) // 10)
-        while count < len(old) and messages[old[count]]["role"] == "tool":  # results go with their call
-            count += 1
-        messages = [message for i, message in enumerate(messages) if i not in set(old[:count])]
-        yield messages
-    for cap in caps:
-        messages = [_cut(message, cap) for message in messages]
-        yield messages
-
-
-def _cut(message: Message, tokens: int) -> Message:
-    """The message without the middle of its text, if that is longer than some `tokens`, at four characters each."""
-    text, size = message["content"], 4 * tokens
-    if len(text) <= size:
-        return message
-    return {**message, "content": text[: size // 2] + CUT + text[len(text) - size // 2 :]}
-
-
 def _spellings(tokenizer, tokens: list[str | None]) -> list[bytes]:
     """The bytes in a text, in UTF-8, that each token stands for; for some they are a part of a character."""
     tokens = [token or "" for token in tokens]
@@ -533,4 +309,4 @@ def _spellings(tokenizer, tokens: list[str | None]) -> list[bytes]:
 
 
 NativeRetrievalProcessor.register_for_auto_class("AutoProcessor")
-__all__ = ["NativeRetrievalProcessor", "as_conversations", "check_messages", "clean_messages"]
+__all__ = ["NativeRetrievalProcessor", "as_conversations"]

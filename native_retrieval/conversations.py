@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from processing_native_retrieval import INVISIBLE, ROLES, clean_messages
+from messages_native_retrieval import INVISIBLE, ROLES, clean_messages
 
 Messages = Sequence[Mapping[str, Any]]
 

@@ -34,7 +34,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from processing_native_retrieval import clean_messages
+from messages_native_retrieval import clean_messages
 
 from . import rows
 from .cache import sha256

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from processing_native_retrieval import clean_messages
+from messages_native_retrieval import clean_messages
 
 from .data import Task
 from .figures import GREY, INK, NATIVE_COLOURS, PALE, TURN_BINS

@@ -52,9 +52,11 @@ def from_backbone(
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise OSError(f"backbone {source!r} (revision {revision}) cannot be loaded: {reason}") from error
-        config_fields.setdefault("backbone_name_or_path", source)
     else:
         source = backbone.name_or_path
+    if source:  # absolute: the process may change its directory before it saves
+        place = os.path.abspath(source) if os.path.isdir(source) else source
+        config_fields.setdefault("backbone_name_or_path", place)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config_fields.get("backbone_revision"))
     text = backbone.config.get_text_config()
@@ -68,11 +70,15 @@ def from_backbone(
     copies = config_fields.get("copy_num_heads", 1) > 0
     config_fields["copy_vocab_size"] = len(word_tokenizer or tokenizer) if copies else None
     values = None
-    if teacher is not None and copies:  # a head without a copy path needs no vector of any token
-        values = _token_vectors(teacher, word_tokenizer or tokenizer, config_fields.get("embedding_dim"))
-        config_fields["embedding_dim"] = values.shape[1]
-    elif teacher is not None and "embedding_dim" not in config_fields:
-        config_fields["embedding_dim"] = len(teacher.encode(["."])[0])
+    if teacher is not None:
+        dim = len(teacher.encode(["."])[0])
+        if config_fields.setdefault("embedding_dim", dim) != dim:
+            raise ValueError(
+                f"the teacher's vectors have {dim} dimensions, embedding_dim is {config_fields['embedding_dim']}; leave "
+                "embedding_dim out to take the teacher's"
+            )
+        if copies:  # a head without a copy path needs no vector of any token
+            values = _token_vectors(teacher, word_tokenizer or tokenizer)
     config = NativeRetrievalConfig(**config_fields)
     if max_prompt_tokens is None:
         # A query prompt is a few words; 32 tokens are ample.
@@ -98,23 +104,18 @@ def _word_tokenizer(teacher: Any) -> PreTrainedTokenizerFast | None:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def _token_vectors(teacher: Any, tokenizer: Any, embedding_dim: int | None) -> torch.Tensor:
+def _token_vectors(teacher: Any, tokenizer: Any) -> torch.Tensor:
     """
     The teacher's vector of each token of a vocabulary, `(tokens, dim)`.
 
     Raises:
-        `ValueError`: for another number of dimensions than `embedding_dim`, or a vector that is zero or not finite.
+        `ValueError`: for a vector that is zero or not finite.
     """
     # WordPiece marks the inside of a word.
     spellings = [re.sub("^##", "", tokenizer.decode([i]).strip()) or "." for i in range(len(tokenizer))]
     distinct = sorted(set(spellings))
     rows = {spelling: row for row, spelling in enumerate(distinct)}
     vectors = torch.as_tensor(teacher.encode(distinct)).float()[[rows[spelling] for spelling in spellings]]
-    if embedding_dim is not None and embedding_dim != vectors.shape[1]:
-        raise ValueError(
-            f"the teacher's vectors have {vectors.shape[1]} dimensions, embedding_dim is {embedding_dim}; leave embedding_dim "
-            "out to take the teacher's"
-        )
     norms = vectors.norm(dim=1)
     bad = (~(torch.isfinite(norms) & (norms > 0))).nonzero()
     if len(bad):

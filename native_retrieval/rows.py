@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Json
 
-from processing_native_retrieval import check_messages, clean_messages
+from messages_native_retrieval import check_messages, clean_messages
 
 from .cache import is_lfs_pointer
 

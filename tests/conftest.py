@@ -37,10 +37,11 @@ from transformers import (  # noqa: E402
     Qwen3Config,
 )
 
+from head_native_retrieval import ZeroInitLinear  # noqa: E402
 from modeling_native_retrieval import NativeRetrievalModel  # noqa: E402
 from native_retrieval.initialise import from_backbone  # noqa: E402
 
-FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "gpt2")
+FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "gpt2", "qwen3_5")
 # Shorter than any prompt with a history in it, so that what a sliding window changes is seen.
 SLIDING_WINDOW = 8
 CONTEXT = 512
@@ -356,6 +357,7 @@ MODES = ("context", "generated")
 
 # Tied or not is the same code in all families, so each comes once, and one both ways.
 BACKBONES = [("llama", True), ("llama", False), ("qwen3", True), ("gemma3", True), ("mistral", False), ("gpt2", True)]
+BACKBONES += [("qwen3_5", True)]
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Who built the old bridge?"}],
@@ -424,6 +426,20 @@ def pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
     return torch.tensor([f + row if side == "left" else row + f for f, row in zip(filled, rows, strict=True)])
 
 
+def stir(model: NativeRetrievalModel) -> NativeRetrievalModel:
+    """Makes every part of an untrained head count: those that start at zero would hide what goes wrong before them."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(3)
+        for module in model.query_head.modules():
+            if isinstance(module, ZeroInitLinear):
+                module.weight.normal_(std=module.in_features**0.5)
+        for parameter in model.query_head.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        if model.query_head.copy_path is not None:
+            model.query_head.copy_path.repulsion.threshold.fill_(-0.5)
+    return model
+
+
 def take_steps(model: NativeRetrievalModel, steps: int = 3) -> None:
     """A few optimiser steps on everything that can be trained."""
     rows = prompts_of(model)
@@ -441,4 +457,4 @@ def take_steps(model: NativeRetrievalModel, steps: int = 3) -> None:
 
 @pytest.fixture(params=BACKBONES, ids=lambda p: f"{p[0]}-{'tied' if p[1] else 'untied'}", scope="module")
 def model(request: pytest.FixtureRequest, make_model: Callable[..., NativeRetrievalModel]) -> NativeRetrievalModel:
-    return make_model(*request.param)
+    return stir(make_model(*request.param))

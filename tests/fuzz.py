@@ -30,8 +30,8 @@ from hypothesis import strategies as st
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from messages_native_retrieval import ROLES  # noqa: E402
 from native_retrieval import arguments, data  # noqa: E402
-from processing_native_retrieval import ROLES  # noqa: E402
 
 # Data: whole files, one of which is damaged or replaced
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from messages_native_retrieval import check_messages
 from native_retrieval.augmentation import augment, with_distractor_turns, with_typos
-from processing_native_retrieval import check_messages
 
 texts = st.text(st.characters(categories=["L", "Nd", "P", "Zs"]), min_size=1, max_size=60).filter(str.strip)
 

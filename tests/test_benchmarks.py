@@ -11,8 +11,8 @@ import torch
 
 from benchmarks import ablation, common, latency, left_out, robustness, training
 from benchmarks import index as index_benchmark
+from messages_native_retrieval import check_messages
 from native_retrieval.arguments import parse
-from processing_native_retrieval import check_messages
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Where is Arnwick Lighthouse?"}],

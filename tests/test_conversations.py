@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from messages_native_retrieval import ROLES, check_messages, clean_messages
 from native_retrieval.conversations import (
     earlier_answers,
     full_history,
@@ -15,7 +16,6 @@ from native_retrieval.conversations import (
     search_results,
     turns,
 )
-from processing_native_retrieval import ROLES, check_messages, clean_messages
 
 CALLS = [{"id": "1", "type": "function", "function": {"name": "search", "arguments": "{}"}}]
 AGENT: list[dict[str, Any]] = [

@@ -14,6 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from messages_native_retrieval import ROLES
 from native_retrieval import data, rows
 from native_retrieval.data import (
     DataError,
@@ -26,7 +27,6 @@ from native_retrieval.data import (
     read_conversations,
     splits,
 )
-from processing_native_retrieval import ROLES
 
 CORPUS = [
     {"_id": "d1", "title": "Tea", "text": "Tea is a drink."},

@@ -19,12 +19,14 @@ from transformers.dynamic_module_utils import init_hf_modules
 
 try:  # in an exported folder these files form a package; in the repository they are plain modules
     from .configuration_native_retrieval import NativeRetrievalConfig
+    from .messages_native_retrieval import as_conversations, clean_messages
     from .modeling_native_retrieval import NativeRetrievalModel
-    from .processing_native_retrieval import NativeRetrievalProcessor, as_conversations, clean_messages
+    from .processing_native_retrieval import NativeRetrievalProcessor
 except ImportError:
     from configuration_native_retrieval import NativeRetrievalConfig
+    from messages_native_retrieval import as_conversations, clean_messages
     from modeling_native_retrieval import NativeRetrievalModel
-    from processing_native_retrieval import NativeRetrievalProcessor, as_conversations, clean_messages
+    from processing_native_retrieval import NativeRetrievalProcessor
 
 
 class _Call:
