@@ -127,7 +127,7 @@ audit: ## Look the pinned dependencies up in the public advisories (needs the ne
 	@.cache/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
 readme: $(DEV) ## Fill the tables of the README and of results/ from the result files
-	@$(BIN)/python -m native_retrieval.results README.md results/README.md
+	@$(BIN)/python -m native_retrieval.results README.md results/README.md results/speed.md docs/reliability.md
 
 lint: $(DEV) ## Check style and likely mistakes
 	@$(BIN)/ruff check .

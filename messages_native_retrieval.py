@@ -6,7 +6,8 @@ It knows dicts and strings, and nothing of tokenizers. Ships to the Hub; imports
 
 import json
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -15,8 +16,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-ALIASES = {"human": "user", "ai": "assistant", "model": "assistant", "bot": "assistant"}
-INVISIBLE = re.compile("[\\s\u00ad\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]+")
+ALIASES = {"human": "user", "ai": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant"}
+MEDIA = ("image", "audio", "video", "file", "document", "media")
 CUT = "\n[...]\n"  # where the middle of a long text was
 SHORTEST_CUT = 32  # tokens that are left of a text whose middle is cut
 Message = dict[str, Any]
@@ -32,7 +33,7 @@ def as_conversations(queries: Any, tools: list | None = None) -> list[tuple[list
     Raises:
         `ValueError`: naming the query that is none of these.
     """
-    if isinstance(queries, (str, dict)) or hasattr(queries, "model_dump"):
+    if isinstance(queries, (str, Mapping)) or (_is_message(queries) and not isinstance(queries, list)):
         queries = [queries]
     elif not isinstance(queries, Iterable) or isinstance(queries, bytes) or hasattr(queries, "requires_grad"):
         raise ValueError(f"queries is a {type(queries).__name__}; give a string, a conversation, or a list of either")
@@ -46,31 +47,33 @@ def as_conversations(queries: Any, tools: list | None = None) -> list[tuple[list
     for i, query in enumerate(queries):
         own, name = tools, "conversation" if len(queries) == 1 else f"conversation {i}"
         if isinstance(query, str):
-            query = [{"role": "user", "content": query}]
-            name = f"query {i}"
-        elif isinstance(query, dict) and "messages" in query:
-            query, own = query["messages"], query.get("tools") or tools
-        check_messages(query, name)
-        found.append((list(query), own))
+            query, name = [{"role": "user", "content": query}], f"query {i}"
+        elif isinstance(query, Mapping):
+            query, own = query["messages"], clean(query.get("tools")) or tools
+        found.append((check_messages(query, name), own))
     return found
 
 
 def _is_message(value: Any) -> bool:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return "messages" not in value
-    pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    pair = isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], str)
     return hasattr(value, "model_dump") or (pair and ALIASES.get(value[0], value[0]) in ROLES)
 
 
 def _as_dict(message: Any) -> Message | None:
+    """The message as a dict with its OpenAI role, cleaned; `None` if it is no message."""
     if hasattr(message, "model_dump"):
         message = message.model_dump(exclude_none=True)
-    elif _is_message(message) and not isinstance(message, dict):
+    elif _is_message(message) and not isinstance(message, Mapping):
         message = {"role": message[0], "content": message[1]}
-    if not isinstance(message, dict):
+    if not isinstance(message, Mapping):
         return None
+    message = {key: value for key, value in clean(message).items() if value is not None and value != []}
     role = message.get("role", message.get("type"))
-    return {**message, "role": ALIASES.get(role, role) if isinstance(role, str) else role}
+    if isinstance(role, str):
+        role = role.removesuffix("MessageChunk").lower()  # LangChain's, of a stream
+    return message | {"role": ALIASES.get(role, role) if isinstance(role, str) else role}
 
 
 def check_messages(messages: Any, name: str = "conversation") -> list[Message]:
@@ -80,28 +83,34 @@ def check_messages(messages: Any, name: str = "conversation") -> list[Message]:
     Raises:
         `ValueError`: in one line, for anything else. It never quotes the text: that may be private, and errors end in logs.
     """
-    if isinstance(messages, (str, bytes, dict)) or not isinstance(messages, Iterable):
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise ValueError(f"{name} is a {type(messages).__name__}; give a list of {{'role', 'content'}} messages")
-    messages = list(messages)
-    if not messages:
+    given = list(messages)
+    if not given:
         raise ValueError(f"{name} is empty; give at least one message")
-    for i, given in enumerate(messages):
-        message = _as_dict(given)
+    messages = [_as_dict(message) for message in given]
+    for i, message in enumerate(messages):
         if message is None or message["role"] is None:
-            kind = type(given).__name__ if message is None else "dict without a role"
+            kind = type(given[i]).__name__ if message is None else "dict without a role"
             raise ValueError(f"{name}, message {i}, is a {kind}; give {{'role', 'content'}}")
         if message["role"] not in ROLES:
             raise ValueError(f"{name}, message {i}: unknown role {message['role']!r}; use one of {', '.join(ROLES)}")
         content = message.get("content")
-        if not isinstance(content, (str, list, tuple, dict, type(None))):
+        if not isinstance(content, (str, list, dict, type(None))):
             kind = type(content).__name__
             raise ValueError(f"{name}, message {i}: content is a {kind}; give a string, a list of parts, or null")
     cleaned = clean_messages(messages)
-    if cleaned[-1]["role"] == "user" and not INVISIBLE.sub("", cleaned[-1]["content"]):
+    if cleaned[-1]["role"] == "user" and not has_text(cleaned[-1]["content"]):
         raise ValueError(f"{name}: the last turn, message {len(messages) - 1}, is empty; give the user's question")
-    if not any(INVISIBLE.sub("", m["content"]) or m.get("tool_calls") for m in cleaned if m["role"] not in ROLES[:2]):
+    if not any(has_text(m["content"]) or m.get("tool_calls") for m in cleaned if m["role"] not in ROLES[:2]):
         raise ValueError(f"{name} has no text in any turn; give at least one turn with text")
     return cleaned
+
+
+def has_text(text: str) -> bool:
+    """Whether a reader would see anything of this text: white space, zero-width characters and fillers are nothing."""
+    unseen = ("Cc", "Cf", "Cs", "Mn", "Me", "Zl", "Zp", "Zs")
+    return any(unicodedata.category(c) not in unseen and c not in "\u115f\u1160\u2800\u3164\uffa0" for c in text)
 
 
 def clean_messages(messages: Iterable[Any]) -> list[Message]:
@@ -111,41 +120,52 @@ def clean_messages(messages: Iterable[Any]) -> list[Message]:
     """
     cleaned = []
     for message in map(_as_dict, messages):
-        message = {key: _clean(value) for key, value in message.items() if value is not None and value != []}
-        text = _text(message.get("content")) or _text(message.pop("refusal", None))
-        message["content"] = text or _text((message.get("audio") or {}).get("transcript"))
-        if "function_call" in message:
-            message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
-        cleaned.append(message)
+        audio, calls = message.get("audio"), message.pop("tool_calls", None)
+        text = _text(message.get("content", message.pop("blocks", None))) or _text(message.pop("refusal", None))
+        message["content"] = text or _text(audio.get("transcript") if isinstance(audio, dict) else None)
+        calls = [{"function": message.pop("function_call")}] if "function_call" in message else calls
+        calls = [call for call in map(_call, calls if isinstance(calls, list) else ()) if call]
+        cleaned.append(message | ({"tool_calls": calls} if calls else {}))
     return cleaned
 
 
-def _clean(value: Any) -> Any:
-    """The same with every string in it valid Unicode: lone surrogates become U+FFFD, NUL is left out."""
+def _call(call: Any) -> dict[str, Any] | None:
+    """A tool call in OpenAI's format; LangChain's has `args`. `None` if it is none."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return None
+    if function is call:
+        function = {"name": call["name"], "arguments": call.get("arguments", call.get("args", {}))}
+    return {**call, "type": "function", "function": function}
+
+
+def clean(value: Any) -> Any:
+    """The same with every string in it valid Unicode: lone surrogates become U+FFFD, NUL is left out. Arrays become lists."""
     if isinstance(value, str):
         if not value.isascii():
             value = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         return value.replace("\0", "")
-    if isinstance(value, dict):
-        return {_clean(key): _clean(part) for key, part in value.items()}
-    return [_clean(part) for part in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, Mapping):
+        return {clean(key): clean(part) for key, part in value.items()}
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [clean(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _text(content: Any) -> str:
-    """The text of a message's content: a string, null, a part, or a list of parts."""
-    if isinstance(content, (list, tuple)):
+    """The text of a message's content: a string, null, a part, or a list of parts; of what is none of these, its JSON."""
+    if isinstance(content, list):
         return "\n".join(filter(None, map(_text, content)))
     if not isinstance(content, dict):
         return content if isinstance(content, str) else "" if content is None else str(content)
-    for key in ("text", "refusal", "transcript", "content", "thinking", "reasoning"):
-        if content.get(key):
-            return _text(content[key])
-    kind = str(content.get("type", "part"))
-    return (
-        ""
-        if kind.endswith("text")
-        else f"[{next((k for k in ('image', 'audio', 'video', 'file') if k in kind), kind)}]"
-    )
+    kind = str(content.get("type", content.get("block_type", "")))
+    if kind or len(content) == 1:
+        for key in ("text", "refusal", "transcript", "content", "thinking", "reasoning"):
+            if content.get(key):
+                return _text(content[key])
+    medium = next((medium for medium in MEDIA if medium in kind), None)
+    if medium or kind.endswith("text"):
+        return f"[{medium}]" if medium else ""
+    return json.dumps(content, ensure_ascii=False, default=str)
 
 
 def forms(messages: list[Message], knows: set[str]) -> Iterable[list[Message]]:
@@ -165,7 +185,7 @@ def fold(messages: list[Message], knows: set[str]) -> list[Message]:
     for message in messages:
         message, role = dict(message), message["role"]
         if "tool_calls" in message and "tool_calls" not in knows:
-            calls = [call.get("function", call) for call in strict([message])[0]["tool_calls"]]
+            calls = [call["function"] for call in strict([message])[0]["tool_calls"]]
             texts = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in calls]
             del message["tool_calls"]
             message["content"] = "\n".join(filter(None, [message["content"], *texts]))
@@ -193,7 +213,7 @@ def strict(messages: list[Message]) -> list[Message]:
     strict = json.loads(json.dumps(messages, default=str))
     for message in strict:
         calls = message.get("tool_calls", ())
-        for function in (call.get("function", call) for call in calls):
+        for function in (call["function"] for call in calls):
             with suppress(ValueError, TypeError, KeyError):
                 function["arguments"] = json.loads(function["arguments"])
         for holder, key in (
@@ -266,9 +286,19 @@ def _cut(message: Message, tokens: int) -> Message:
 def strings(value: Any) -> Iterable[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (dict, list, tuple)):
+    elif isinstance(value, (dict, list)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from strings(part)
 
 
-__all__ = ["as_conversations", "check_messages", "clean_messages", "forms", "plain_prompt", "shorter", "strings"]
+__all__ = [
+    "as_conversations",
+    "check_messages",
+    "clean",
+    "clean_messages",
+    "forms",
+    "has_text",
+    "plain_prompt",
+    "shorter",
+    "strings",
+]

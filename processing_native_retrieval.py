@@ -25,6 +25,7 @@ try:  # on the Hub these files form a package; in the repository they are plain 
         ROLES,
         as_conversations,
         check_messages,
+        clean,
         forms,
         plain_prompt,
         shorter,
@@ -32,7 +33,16 @@ try:  # on the Hub these files form a package; in the repository they are plain 
     )
 except ImportError:
     from head_native_retrieval import Words
-    from messages_native_retrieval import ROLES, as_conversations, check_messages, forms, plain_prompt, shorter, strings
+    from messages_native_retrieval import (
+        ROLES,
+        as_conversations,
+        check_messages,
+        clean,
+        forms,
+        plain_prompt,
+        shorter,
+        strings,
+    )
 
 logger = logging.get_logger(__name__)
 
@@ -118,7 +128,7 @@ class NativeRetrievalProcessor(ProcessorMixin):
             `ValueError`: for malformed messages, a template that refuses them in every form, or a prompt that is too long
                 with `truncation=False`.
         """
-        messages = check_messages(messages)
+        messages, tools = check_messages(messages), clean(tools)
         while messages[-1]["role"] == "assistant" and not (
             messages[-1]["content"].strip() or "tool_calls" in messages[-1]
         ):
