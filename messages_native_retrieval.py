@@ -284,15 +284,30 @@ def _cut(message: Message, tokens: int) -> Message:
 
 
 def strings(value: Any) -> Iterable[str]:
+    """All strings in it, keys of dicts included."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (dict, list)):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, (dict, list, tuple)):
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from strings(part)
+
+
+def broken_keys(value: Any, marks: re.Pattern) -> Any:
+    """The same with an invisible character in each of these marks that a key of a dict spells."""
+    if isinstance(value, list):
+        return [broken_keys(part, marks) for part in value]
+    if not isinstance(value, dict):
+        return value
+    parts = {key: broken_keys(part, marks) for key, part in value.items()}
+    return {
+        marks.sub(lambda mark: f"{mark[0][0]}\u200b{mark[0][1:]}", key) if isinstance(key, str) else key: part
+        for key, part in parts.items()
+    }
 
 
 __all__ = [
     "as_conversations",
+    "broken_keys",
     "check_messages",
     "clean",
     "clean_messages",

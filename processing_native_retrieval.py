@@ -24,6 +24,7 @@ try:  # on the Hub these files form a package; in the repository they are plain 
     from .messages_native_retrieval import (
         ROLES,
         as_conversations,
+        broken_keys,
         check_messages,
         clean,
         forms,
@@ -36,6 +37,7 @@ except ImportError:
     from messages_native_retrieval import (
         ROLES,
         as_conversations,
+        broken_keys,
         check_messages,
         clean,
         forms,
@@ -73,7 +75,11 @@ class NativeRetrievalProcessor(ProcessorMixin):
         # DeepSeek's markers of turns, for one, are not called special.
         written = {i for part in parts for i in part if i in added and re.search(r"[^\w\s]", added[i].content)}
         self.special_ids: list[int] = sorted(special | written)
-        self._special_tokens = tokenizer.convert_ids_to_tokens(self.special_ids)
+        tokens, template = tokenizer.convert_ids_to_tokens(self.special_ids), str(tokenizer.chat_template)
+        inner = [t.content for t in added.values() if t.content in template and not t.content.isspace()]
+        self._special_marks, self._marks = _any_of(tokens), _any_of([*tokens, *inner])
+        if not {added[i].content for i in written - special} <= {*inner, *(tokenizer.chat_control_tokens or ())}:
+            tokenizer.chat_control_tokens = [*tokens, *inner]  # the template puts them together from pieces
         self._openers, self._user_opening, self._tool_opening = self._turn_openings()
         self._pieces = _spellings(tokenizer, tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
         # What ends a written query: a line end, or a marker.
@@ -149,7 +155,10 @@ class NativeRetrievalProcessor(ProcessorMixin):
         return input_ids[: limit // 4] + input_ids[-(limit - limit // 4) :]
 
     def _encode(self, messages: list[dict], tools: list | None, template_kwargs: dict) -> list[int]:
-        forged = any(token in text for text in strings([messages, tools]) for token in self._special_tokens if token)
+        forged = any(map(self._special_marks.search, strings([messages, tools, template_kwargs])))
+        # Marks that are not called special, of calls or thoughts, may stand in what the backbone has written itself.
+        heard = [message for message in messages if message["role"] != "assistant"]
+        forged = forged or any(map(self._marks.search, strings([heard, tools, template_kwargs])))
         if not self.tokenizer.chat_template:
             with _TOKENIZER_LOCK:
                 return self.tokenizer(plain_prompt(messages), split_special_tokens=forged)["input_ids"]
@@ -161,6 +170,8 @@ class NativeRetrievalProcessor(ProcessorMixin):
         options |= {"tools": tools, "return_dict": False, "sanitize_control_tokens": forged} | template_kwargs
         refused = None
         for form in forms(messages, self._knows):
+            if forged:  # transformers guards values, and not the keys of dicts
+                form, options["tools"] = broken_keys(form, self._marks), broken_keys(options["tools"], self._marks)
             try:
                 with _TOKENIZER_LOCK:
                     return self.tokenizer.apply_chat_template(form, **options)
@@ -299,6 +310,12 @@ class NativeRetrievalProcessor(ProcessorMixin):
             ends = widths.cumsum(0)[(ends - 1).clamp(min=0)]
         places = torch.searchsorted(torch.tensor([len(piece) for piece in pieces]).cumsum(0), ends)
         return encoding.ids, places.clamp(max=len(tokens) - 1)
+
+
+def _any_of(tokens: list[str | None]) -> re.Pattern:
+    return re.compile(
+        "|".join(re.escape(token) for token in sorted(filter(None, tokens), key=len, reverse=True)) or "(?!)"
+    )
 
 
 def _spellings(tokenizer, tokens: list[str | None]) -> list[bytes]:
