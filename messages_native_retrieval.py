@@ -100,15 +100,17 @@ def check_messages(messages: Any, name: str = "conversation") -> list[Message]:
             kind = type(content).__name__
             raise ValueError(f"{name}, message {i}: content is a {kind}; give a string, a list of parts, or null")
     cleaned = clean_messages(messages)
-    if cleaned[-1]["role"] == "user" and not _visible(cleaned[-1]["content"]):
+    if cleaned[-1]["role"] == "user" and not has_text(cleaned[-1]["content"]):
         raise ValueError(f"{name}: the last turn, message {len(messages) - 1}, is empty; give the user's question")
-    if not any(_visible(m["content"]) or m.get("tool_calls") for m in cleaned if m["role"] not in ROLES[:2]):
+    if not any(has_text(m["content"]) or m.get("tool_calls") for m in cleaned if m["role"] not in ROLES[:2]):
         raise ValueError(f"{name} has no text in any turn; give at least one turn with text")
     return cleaned
 
 
-def _visible(text: str) -> bool:
-    return any(unicodedata.category(character) not in ("Cc", "Cf", "Zl", "Zp", "Zs") for character in text)
+def has_text(text: str) -> bool:
+    """Whether a reader would see anything of this text: white space, zero-width characters and fillers are nothing."""
+    unseen = ("Cc", "Cf", "Cs", "Mn", "Me", "Zl", "Zp", "Zs")
+    return any(unicodedata.category(c) not in unseen and c not in "\u115f\u1160\u2800\u3164\uffa0" for c in text)
 
 
 def clean_messages(messages: Iterable[Any]) -> list[Message]:
@@ -311,6 +313,7 @@ __all__ = [
     "clean_messages",
     "fold",
     "forms",
+    "has_text",
     "plain_prompt",
     "shorter",
     "strings",

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         cosines = (vectors * reference).sum(-1)
         found = RetrievalMetrics().compute(run=comparison.search(vectors.numpy()), qrels=task.qrels)
         row = {"backbone": name, **{measure: round(found[measure], 4) for measure in MEASURES}}
-        row |= {"mean cosine": round(float(cosines.mean()), 5), "least cosine": round(float(cosines.min()), 5)}
+        row |= {"mean_cosine": round(float(cosines.mean()), 5), "least_cosine": round(float(cosines.min()), 5)}
         rows.append(row)
         print(row, flush=True)
     write({"dataset": task.name, "split": task.split, "queries": len(task.queries), "rows": rows}, arguments.output)

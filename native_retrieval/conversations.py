@@ -3,16 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from messages_native_retrieval import INVISIBLE, ROLES, clean_messages
+from messages_native_retrieval import ROLES, clean_messages, has_text
 
 Messages = Sequence[Mapping[str, Any]]
 
 INSTRUCTION_ROLES = ROLES[:2]  # system and developer: the agent's author speaks. Every other message is a turn.
-
-
-def has_text(text: str) -> bool:
-    """Whether a reader would see anything of this text: white space and zero-width characters are nothing."""
-    return bool(INVISIBLE.sub("", text))
 
 
 def turns(messages: Messages) -> list[str]:

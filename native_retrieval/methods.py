@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from .conversations import Messages, full_history, last_question, turns
-
-# For the type hints only: `eval.py` reads the methods' names from here before it loads anything heavy.
+# What loads torch is imported where it is used: `eval.py --help` reads the methods' names from here.
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -37,7 +35,10 @@ QUOTES = "\"'`“”‘’«»"
 
 
 class Method:
-    """One way from the queries of a comparison to documents. `query(i, cache)` is the work that the clock measures."""
+    """
+    One way from the queries of a comparison to documents. `vectors()` are the query vectors, float32 `(queries, dim)`;
+    `query(i, cache)` is the work that the clock measures: the vector of query i, or of BM25 its scores of all documents.
+    """
 
     reads_prompt = False  # whether `query` takes the prefill of query i's prompt
 
@@ -47,14 +48,6 @@ class Method:
     def run(self) -> "Run":
         """`{query_id: {doc_id: score}}` for all queries."""
         return self.comparison.search(self.vectors())
-
-    def vectors(self) -> np.ndarray:
-        """The query vectors, float32 `(queries, dim)`."""
-        raise NotImplementedError
-
-    def query(self, i: int, cache: "QueryCache | None" = None) -> np.ndarray:
-        """The vector of query i; of BM25, its scores of all documents."""
-        raise NotImplementedError
 
 
 class TeacherOnText(Method):
@@ -90,6 +83,8 @@ class FullHistory(TeacherOnText):
 
     @cached_property
     def texts(self) -> list[str]:
+        from .conversations import full_history
+
         teacher = self.comparison.teacher
         return [
             full_history(messages, teacher.count_tokens, teacher.max_seq_length)
@@ -156,6 +151,8 @@ class BM25FullHistory(BM25):
 
     @cached_property
     def texts(self) -> list[str]:
+        from .conversations import turns
+
         return ["\n".join(turns(messages)) for messages in self.comparison.messages]
 
 
@@ -240,10 +237,12 @@ class Comparison:
         methods: Sequence[str] = METHODS,
         batch_size: int = 32,
     ):
+        from .conversations import last_question
+
         self.model, self.teacher, self.index, self.queries = model, teacher, index, queries
         self.batch_size = batch_size
         self.query_ids: list[str] = list(queries["_id"])
-        self.messages: list[Messages] = list(queries["messages"])
+        self.messages: list[list[dict]] = list(queries["messages"])
         self.prompts = self._build_prompts()  # first: it checks the conversations
         self.last_questions = [last_question(messages) for messages in self.messages]
         self.methods = {name: METHOD_CLASSES[name](name, self) for name in methods}
@@ -277,8 +276,7 @@ class Comparison:
 
     def _build_prompts(self) -> list[list[int]]:
         prompts = []
-        no_tools = [None] * len(self.queries)
-        tools = self.queries["tools"] if "tools" in self.queries.column_names else no_tools
+        tools = self.queries["tools"] if "tools" in self.queries.column_names else [None] * len(self.queries)
         for query_id, messages, its_tools in zip(self.query_ids, self.messages, tools, strict=True):
             try:
                 prompts.append(self.model.processor.encode(messages, tools=its_tools or None))

@@ -11,6 +11,7 @@ from configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
 from .arguments import DataArguments, ModelArguments, NativeRetrievalTrainingArguments, split_source
 from .cli import check_writable, nearest
 from .metrics import MEASURES
+from .names import is_hub_id
 
 
 def check(model: ModelArguments, data: DataArguments, training: NativeRetrievalTrainingArguments) -> None:
@@ -101,10 +102,10 @@ def check_batch(
 def check_push(model: ModelArguments, training: NativeRetrievalTrainingArguments) -> None:
     """Makes the repository to push to, if it is not there. Raises `ValueError`, in one line, if the push would fail."""
     repository = training.hub_model_id or Path(training.output_dir).absolute().name
-    if not model.store_backbone and Path(model.backbone).exists():
+    if not model.store_backbone and not is_hub_id(model.backbone):  # as the push itself would say, after hours
         raise ValueError(
-            f"store_backbone=False would push a head that nobody can load: the backbone {model.backbone} is a folder of "
-            "this machine; set store_backbone, or name the backbone by its Hub id"
+            f"store_backbone=False would push a head that nobody can load: the backbone {model.backbone} is no Hub id "
+            "(owner/name); set store_backbone, or name the backbone by its Hub id"
         )
     api = HfApi(token=training.hub_token)
     try:

@@ -166,14 +166,16 @@ def test_a_malformed_repository_is_refused_before_training(tmp_path, name):
     assert_one_line(raised)
 
 
-def test_a_head_whose_backbone_nobody_else_has_is_not_pushed(backbone_dir, tmp_path, hub):
-    words = ["--push_to_hub", "--backbone", str(backbone_dir), "--store_backbone", "false"]
-    model, _, _, training = arguments(tmp_path, *words)
+@pytest.mark.parametrize("backbone", ["the folder", "gpt2", "no/such/folder"])
+def test_a_head_whose_backbone_nobody_else_has_is_not_pushed(backbone_dir, tmp_path, hub, backbone):
+    backbone = str(backbone_dir) if backbone == "the folder" else backbone
+    model, _, _, training = arguments(tmp_path, "--push_to_hub", "--backbone", backbone, "--store_backbone", "false")
     with pytest.raises(ValueError, match="store_backbone=False would push a head that nobody can load") as raised:
         check_push(model, training)
     assert_one_line(raised)
     assert hub.made == []
     check_push(dataclasses.replace(model, backbone="Qwen/Qwen3-0.6B"), training)
+    check_push(dataclasses.replace(model, store_backbone=True), training)
 
 
 def test_a_misspelt_recipe_field_names_the_nearest(tmp_path):
