@@ -215,7 +215,7 @@ def strict(messages: list[Message]) -> list[Message]:
         calls = message.get("tool_calls", ())
         for function in (call["function"] for call in calls):
             with suppress(ValueError, TypeError, KeyError):
-                function["arguments"] = json.loads(function["arguments"])
+                function["arguments"] = clean(json.loads(function["arguments"]))
         for holder, key in (
             *((call, "id") for call in calls),
             *[(message, "tool_call_id")] * (message["role"] == "tool"),
@@ -311,6 +311,7 @@ __all__ = [
     "check_messages",
     "clean",
     "clean_messages",
+    "fold",
     "forms",
     "has_text",
     "plain_prompt",

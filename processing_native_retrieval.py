@@ -7,6 +7,7 @@ It knows text and tokenizers, and nothing of models. Ships to the Hub; imports t
 """
 
 import copy
+import os
 import re
 import threading
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ try:  # on the Hub these files form a package; in the repository they are plain 
         broken_keys,
         check_messages,
         clean,
+        fold,
         forms,
         plain_prompt,
         shorter,
@@ -40,6 +42,7 @@ except ImportError:
         broken_keys,
         check_messages,
         clean,
+        fold,
         forms,
         plain_prompt,
         shorter,
@@ -67,11 +70,25 @@ class NativeRetrievalProcessor(ProcessorMixin):
     def __init__(self, tokenizer=None, word_tokenizer=None, max_prompt_tokens=None, chat_template=None):
         if max_prompt_tokens is not None and (not isinstance(max_prompt_tokens, int) or max_prompt_tokens < 1):
             raise ValueError(f"max_prompt_tokens={max_prompt_tokens!r} must be a whole number, at least 1")
-        super().__init__(tokenizer, word_tokenizer or copy.deepcopy(tokenizer), chat_template=chat_template)
+        words = copy.deepcopy(word_tokenizer or tokenizer)  # prompts in other threads change settings of the backbone's
+        if backend := getattr(words, "backend_tokenizer", None):  # its file may say otherwise
+            backend.no_truncation()
+            backend.no_padding()
+        super().__init__(tokenizer, words, chat_template=chat_template)
         self.max_prompt_tokens = max_prompt_tokens
+        call = {"id": "call00000", "type": "function", "function": {"name": "zyxwvu", "arguments": '{"q": "utsrqp"}'}}
+        user, asks = {"role": "user", "content": "Hello."}, {"role": "assistant", "content": "", "tool_calls": [call]}
+        late = [user, {"role": "assistant", "content": "Yes?"}, {"role": "system", "content": "ponmlk"}, user]
+        self._knows = {role for role in ROLES[:2] if self._shows([{"role": role, "content": "ponmlk"}, user], "ponmlk")}
+        self._knows |= {"late system"} if self._shows(late, "ponmlk") else set()
+        self._knows |= {"tool_calls"} if self._shows([user, asks], "zyxwvu", "utsrqp") else set()
+        asks = asks if "tool_calls" in self._knows else {"role": "assistant", "content": "Yes?"}
+        for role in ROLES[4:]:
+            result = {"role": role, "content": "ponmlk", "name": "zyxwvu", "tool_call_id": "call00000"}
+            self._knows |= {role} if self._shows([user, asks, result], "ponmlk") else set()
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        parts, _ = self._between(("user", "assistant", "user"))
+        parts = self._between(("user", "assistant", "user"))
         # DeepSeek's markers of turns, for one, are not called special.
         written = {i for part in parts for i in part if i in added and re.search(r"[^\w\s]", added[i].content)}
         self.special_ids: list[int] = sorted(special | written)
@@ -86,16 +103,6 @@ class NativeRetrievalProcessor(ProcessorMixin):
         self.query_ends = sorted({i for i, piece in enumerate(self._pieces) if b"\n" in piece} | set(self.special_ids))
         ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_token_id: int = next(i for i in ends if i is not None)
-        call = {"id": "call00000", "type": "function", "function": {"name": "zyxwvu", "arguments": '{"q": "utsrqp"}'}}
-        user, asks = {"role": "user", "content": "Hello."}, {"role": "assistant", "content": "", "tool_calls": [call]}
-        late = [user, {"role": "assistant", "content": "Yes?"}, {"role": "system", "content": "ponmlk"}, user]
-        self._knows = {role for role in ROLES[:2] if self._shows([{"role": role, "content": "ponmlk"}, user], "ponmlk")}
-        self._knows |= {"late system"} if self._shows(late, "ponmlk") else set()
-        self._knows |= {"tool_calls"} if self._shows([user, asks], "zyxwvu", "utsrqp") else set()
-        asks = asks if "tool_calls" in self._knows else {"role": "assistant", "content": "Yes?"}
-        for role in ROLES[4:]:
-            result = {"role": role, "content": "ponmlk", "name": "zyxwvu", "tool_call_id": "call00000"}
-            self._knows |= {role} if self._shows([user, asks, result], "ponmlk") else set()
 
     def __call__(
         self, conversations: Any, *, tools: list | None = None, truncation: bool = True, **template_kwargs
@@ -189,33 +196,45 @@ class NativeRetrievalProcessor(ProcessorMixin):
                 return all(text in prompt for text in texts)
         return False
 
-    def _between(self, roles: tuple[str, ...]) -> tuple[list[list[int]], bool]:
-        """The tokens that the chat template writes before, between and after turns of these roles, and whether it can."""
+    def _between(self, roles: tuple[str, ...]) -> list[list[int]]:
+        """The tokens that the chat template writes before, between and after turns of these roles, whatever is said."""
         texts = [f"zyxwvu{chr(97 + i)}" for i in range(len(roles))]
         with suppress(Exception):
-            messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-            prompt = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            messages = [
+                {"role": r, "content": t, "tool_call_id": "call00000"} for r, t in zip(roles, texts, strict=True)
+            ]
+            prompt = self.tokenizer.apply_chat_template(fold(messages, self._knows), tokenize=False)
             pieces = re.split("|".join(texts), prompt)
             if len(pieces) == len(roles) + 1:
-                return [self.tokenizer(p.rstrip(" "), add_special_tokens=False)["input_ids"] for p in pieces], True
-        return [[] for _ in range(len(roles) + 1)], False
+                followed = [[f"{piece}{text}" for text in ("x", " x", "(", "\n\n(")] for piece in pieces]
+                encoded = [self.tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in followed]
+                return [os.path.commonprefix(ids) for ids in encoded]
+        return [[] for _ in range(len(roles) + 1)]
 
     def _turn_openings(self) -> tuple[list[int], list[int], list[int]]:
         """
         The special tokens that open turns; the tokens that open a user's turn, from its special token on; and those that
-        follow the same opening in a tool's turn, where the template writes it as a user's, as Qwen's does.
+        follow the same opening in a tool's turn, where it is written as a user's.
         """
-        special, openings = set(self.special_ids), {}
-        for role in ("user", "assistant", "tool"):
-            asked = "assistant" if role != "assistant" else "user"
-            parts, known = self._between((*(("user",) if asked == "assistant" else ()), asked, role))
-            closing = {i for i in parts[-1] if i in special} if known else set()
-            at = [place for place, i in enumerate(parts[-2]) if i in special]
-            first = next((place for place in at if parts[-2][place] not in closing), at[-1] if at else None)
-            openings[role] = [] if first is None else parts[-2][first:]
+        special = set(self.special_ids)
+        around = {
+            role: self._between((*before, role))[-2:]
+            for role, before in {
+                "user": ("user", "assistant"),
+                "assistant": ("user",),
+                "tool": ("user", "assistant"),
+            }.items()
+        }
+        closing, openings = special & {i for _, after in around.values() for i in after}, {}
+        for role, (before, _) in around.items():
+            at = [place for place, i in enumerate(before) if i in special]
+            first = next((place for place in at if before[place] not in closing), at[-1] if at else len(before))
+            openings[role] = before[first:]
+            while openings[role] and not self.tokenizer.decode(openings[role][-1:]).strip():
+                openings[role].pop()  # a space may become one token with what is said
         user, tool = openings["user"], openings["tool"]
         behind = tool[len(user) :] if user and tool[: len(user)] == user else []
-        if user and user == openings["assistant"]:
+        if user == openings["assistant"]:
             user = []  # nothing tells a user's turn
         return sorted({opening[0] for opening in openings.values() if opening}), user, behind
 
