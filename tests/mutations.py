@@ -249,7 +249,7 @@ MUTATIONS = [
         HEAD,
         "scores = (scores + bias).masked_fill(~words.mask[:, None], torch.finfo(scores.dtype).min)",
         "scores = scores + bias",
-        "head::test_attributions",
+        COPY_PATH,
     ),
     Mutation(
         "copy path: values of states that are not normed",
