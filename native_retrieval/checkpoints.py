@@ -52,13 +52,14 @@ def last_whole_checkpoint(output_dir: Path) -> Path | None:
     return next((path for path in reversed(checkpoints_of(output_dir)) if is_whole(path)), None)
 
 
-def remove_checkpoints(output_dir: Path, keep_whole: bool = False) -> None:
+def remove_checkpoints(output_dir: Path, resumed: str | None = None) -> None:
     """
-    Removes the checkpoints in a folder, all or those that are not whole.
+    Removes the checkpoints in a folder; but not the whole ones if the training goes on from one of them.
 
     Stopped half-way, it leaves none that seems whole but lacks its weights, or those of its best.
     """
-    checkpoints = [path for path in checkpoints_of(output_dir) if not (keep_whole and is_whole(path))]
+    keeps = resumed is not None and Path(resumed).resolve().parent == output_dir.resolve()
+    checkpoints = [path for path in checkpoints_of(output_dir) if not (keeps and is_whole(path))]
     for checkpoint in reversed(checkpoints):
         (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
     for checkpoint in checkpoints:
