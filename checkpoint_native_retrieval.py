@@ -71,7 +71,9 @@ class ComposedModel(PreTrainedModel):
                 backbone = backbone or model.config.backbone_name_or_path
             own = {k: v for k, v in {**hub, **own}.items() if v is not None}
             source = os.path.join(backbone, own.get("subfolder", ""))
-            _refuse_pointers(source)
+            if os.path.isdir(source):  # of a local sub-folder, transformers reads the generation settings at the root
+                backbone, own["subfolder"] = source, ""
+                _refuse_pointers(source)
             try:
                 backbone = AutoModelForCausalLM.from_pretrained(backbone, **own)
             except (OSError, ValueError) as error:
@@ -110,6 +112,7 @@ class ComposedModel(PreTrainedModel):
         if not kwargs.get("is_main_process", True) or self.processor is None:
             return
         self.processor.save_pretrained(save_directory)
+        settings.to_json_file(os.path.join(save_directory, "generation_config.json"))
         if self.backbone is not None and self.config.store_backbone:
             folder = os.path.join(save_directory, BACKBONE)
             weights = {n.removeprefix(own): w for n, w in state.items() if n.startswith(own)} if given else None

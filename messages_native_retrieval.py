@@ -215,7 +215,7 @@ def strict(messages: list[Message]) -> list[Message]:
         calls = message.get("tool_calls", ())
         for function in (call["function"] for call in calls):
             with suppress(ValueError, TypeError, KeyError):
-                function["arguments"] = json.loads(function["arguments"])
+                function["arguments"] = clean(json.loads(function["arguments"]))
         for holder, key in (
             *((call, "id") for call in calls),
             *[(message, "tool_call_id")] * (message["role"] == "tool"),
@@ -284,18 +284,34 @@ def _cut(message: Message, tokens: int) -> Message:
 
 
 def strings(value: Any) -> Iterable[str]:
+    """All strings in it, keys of dicts included."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (dict, list)):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, (dict, list, tuple)):
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from strings(part)
+
+
+def broken_keys(value: Any, marks: re.Pattern) -> Any:
+    """The same with an invisible character in each of these marks that a key of a dict spells."""
+    if isinstance(value, list):
+        return [broken_keys(part, marks) for part in value]
+    if not isinstance(value, dict):
+        return value
+    parts = {key: broken_keys(part, marks) for key, part in value.items()}
+    return {
+        marks.sub(lambda mark: f"{mark[0][0]}\u200b{mark[0][1:]}", key) if isinstance(key, str) else key: part
+        for key, part in parts.items()
+    }
 
 
 __all__ = [
     "as_conversations",
+    "broken_keys",
     "check_messages",
     "clean",
     "clean_messages",
+    "fold",
     "forms",
     "has_text",
     "plain_prompt",

@@ -7,6 +7,7 @@ It knows text and tokenizers, and nothing of models. Ships to the Hub; imports t
 """
 
 import copy
+import os
 import re
 import threading
 from collections.abc import Iterable
@@ -24,8 +25,10 @@ try:  # on the Hub these files form a package; in the repository they are plain 
     from .messages_native_retrieval import (
         ROLES,
         as_conversations,
+        broken_keys,
         check_messages,
         clean,
+        fold,
         forms,
         plain_prompt,
         shorter,
@@ -36,8 +39,10 @@ except ImportError:
     from messages_native_retrieval import (
         ROLES,
         as_conversations,
+        broken_keys,
         check_messages,
         clean,
+        fold,
         forms,
         plain_prompt,
         shorter,
@@ -65,21 +70,12 @@ class NativeRetrievalProcessor(ProcessorMixin):
     def __init__(self, tokenizer=None, word_tokenizer=None, max_prompt_tokens=None, chat_template=None):
         if max_prompt_tokens is not None and (not isinstance(max_prompt_tokens, int) or max_prompt_tokens < 1):
             raise ValueError(f"max_prompt_tokens={max_prompt_tokens!r} must be a whole number, at least 1")
-        super().__init__(tokenizer, word_tokenizer or copy.deepcopy(tokenizer), chat_template=chat_template)
+        words = copy.deepcopy(word_tokenizer or tokenizer)  # prompts in other threads change settings of the backbone's
+        if backend := getattr(words, "backend_tokenizer", None):  # its file may say otherwise
+            backend.no_truncation()
+            backend.no_padding()
+        super().__init__(tokenizer, words, chat_template=chat_template)
         self.max_prompt_tokens = max_prompt_tokens
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        parts, _ = self._between(("user", "assistant", "user"))
-        # DeepSeek's markers of turns, for one, are not called special.
-        written = {i for part in parts for i in part if i in added and re.search(r"[^\w\s]", added[i].content)}
-        self.special_ids: list[int] = sorted(special | written)
-        self._special_tokens = tokenizer.convert_ids_to_tokens(self.special_ids)
-        self._openers, self._user_opening, self._tool_opening = self._turn_openings()
-        self._pieces = _spellings(tokenizer, tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
-        # What ends a written query: a line end, or a marker.
-        self.query_ends = sorted({i for i, piece in enumerate(self._pieces) if b"\n" in piece} | set(self.special_ids))
-        ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self.pad_token_id: int = next(i for i in ends if i is not None)
         call = {"id": "call00000", "type": "function", "function": {"name": "zyxwvu", "arguments": '{"q": "utsrqp"}'}}
         user, asks = {"role": "user", "content": "Hello."}, {"role": "assistant", "content": "", "tool_calls": [call]}
         late = [user, {"role": "assistant", "content": "Yes?"}, {"role": "system", "content": "ponmlk"}, user]
@@ -90,6 +86,23 @@ class NativeRetrievalProcessor(ProcessorMixin):
         for role in ROLES[4:]:
             result = {"role": role, "content": "ponmlk", "name": "zyxwvu", "tool_call_id": "call00000"}
             self._knows |= {role} if self._shows([user, asks, result], "ponmlk") else set()
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        parts = self._between(("user", "assistant", "user"))
+        # DeepSeek's markers of turns, for one, are not called special.
+        written = {i for part in parts for i in part if i in added and re.search(r"[^\w\s]", added[i].content)}
+        self.special_ids: list[int] = sorted(special | written)
+        tokens, template = tokenizer.convert_ids_to_tokens(self.special_ids), str(tokenizer.chat_template)
+        inner = [t.content for t in added.values() if t.content in template and not t.content.isspace()]
+        self._special_marks, self._marks = _any_of(tokens), _any_of([*tokens, *inner])
+        if not {added[i].content for i in written - special} <= {*inner, *(tokenizer.chat_control_tokens or ())}:
+            tokenizer.chat_control_tokens = [*tokens, *inner]  # the template puts them together from pieces
+        self._openers, self._user_opening, self._tool_opening = self._turn_openings()
+        self._pieces = _spellings(tokenizer, tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
+        # What ends a written query: a line end, or a marker.
+        self.query_ends = sorted({i for i, piece in enumerate(self._pieces) if b"\n" in piece} | set(self.special_ids))
+        ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_token_id: int = next(i for i in ends if i is not None)
 
     def __call__(
         self, conversations: Any, *, tools: list | None = None, truncation: bool = True, **template_kwargs
@@ -149,7 +162,10 @@ class NativeRetrievalProcessor(ProcessorMixin):
         return input_ids[: limit // 4] + input_ids[-(limit - limit // 4) :]
 
     def _encode(self, messages: list[dict], tools: list | None, template_kwargs: dict) -> list[int]:
-        forged = any(token in text for text in strings([messages, tools]) for token in self._special_tokens if token)
+        forged = any(map(self._special_marks.search, strings([messages, tools, template_kwargs])))
+        # Marks that are not called special, of calls or thoughts, may stand in what the backbone has written itself.
+        heard = [message for message in messages if message["role"] != "assistant"]
+        forged = forged or any(map(self._marks.search, strings([heard, tools, template_kwargs])))
         if not self.tokenizer.chat_template:
             with _TOKENIZER_LOCK:
                 return self.tokenizer(plain_prompt(messages), split_special_tokens=forged)["input_ids"]
@@ -161,6 +177,8 @@ class NativeRetrievalProcessor(ProcessorMixin):
         options |= {"tools": tools, "return_dict": False, "sanitize_control_tokens": forged} | template_kwargs
         refused = None
         for form in forms(messages, self._knows):
+            if forged:  # transformers guards values, and not the keys of dicts
+                form, options["tools"] = broken_keys(form, self._marks), broken_keys(options["tools"], self._marks)
             try:
                 with _TOKENIZER_LOCK:
                     return self.tokenizer.apply_chat_template(form, **options)
@@ -178,33 +196,45 @@ class NativeRetrievalProcessor(ProcessorMixin):
                 return all(text in prompt for text in texts)
         return False
 
-    def _between(self, roles: tuple[str, ...]) -> tuple[list[list[int]], bool]:
-        """The tokens that the chat template writes before, between and after turns of these roles, and whether it can."""
+    def _between(self, roles: tuple[str, ...]) -> list[list[int]]:
+        """The tokens that the chat template writes before, between and after turns of these roles, whatever is said."""
         texts = [f"zyxwvu{chr(97 + i)}" for i in range(len(roles))]
         with suppress(Exception):
-            messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-            prompt = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            messages = [
+                {"role": r, "content": t, "tool_call_id": "call00000"} for r, t in zip(roles, texts, strict=True)
+            ]
+            prompt = self.tokenizer.apply_chat_template(fold(messages, self._knows), tokenize=False)
             pieces = re.split("|".join(texts), prompt)
             if len(pieces) == len(roles) + 1:
-                return [self.tokenizer(p.rstrip(" "), add_special_tokens=False)["input_ids"] for p in pieces], True
-        return [[] for _ in range(len(roles) + 1)], False
+                followed = [[f"{piece}{text}" for text in ("x", " x", "(", "\n\n(")] for piece in pieces]
+                encoded = [self.tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in followed]
+                return [os.path.commonprefix(ids) for ids in encoded]
+        return [[] for _ in range(len(roles) + 1)]
 
     def _turn_openings(self) -> tuple[list[int], list[int], list[int]]:
         """
         The special tokens that open turns; the tokens that open a user's turn, from its special token on; and those that
-        follow the same opening in a tool's turn, where the template writes it as a user's, as Qwen's does.
+        follow the same opening in a tool's turn, where it is written as a user's.
         """
-        special, openings = set(self.special_ids), {}
-        for role in ("user", "assistant", "tool"):
-            asked = "assistant" if role != "assistant" else "user"
-            parts, known = self._between((*(("user",) if asked == "assistant" else ()), asked, role))
-            closing = {i for i in parts[-1] if i in special} if known else set()
-            at = [place for place, i in enumerate(parts[-2]) if i in special]
-            first = next((place for place in at if parts[-2][place] not in closing), at[-1] if at else None)
-            openings[role] = [] if first is None else parts[-2][first:]
+        special = set(self.special_ids)
+        around = {
+            role: self._between((*before, role))[-2:]
+            for role, before in {
+                "user": ("user", "assistant"),
+                "assistant": ("user",),
+                "tool": ("user", "assistant"),
+            }.items()
+        }
+        closing, openings = special & {i for _, after in around.values() for i in after}, {}
+        for role, (before, _) in around.items():
+            at = [place for place, i in enumerate(before) if i in special]
+            first = next((place for place in at if before[place] not in closing), at[-1] if at else len(before))
+            openings[role] = before[first:]
+            while openings[role] and not self.tokenizer.decode(openings[role][-1:]).strip():
+                openings[role].pop()  # a space may become one token with what is said
         user, tool = openings["user"], openings["tool"]
         behind = tool[len(user) :] if user and tool[: len(user)] == user else []
-        if user and user == openings["assistant"]:
+        if user == openings["assistant"]:
             user = []  # nothing tells a user's turn
         return sorted({opening[0] for opening in openings.values() if opening}), user, behind
 
@@ -299,6 +329,12 @@ class NativeRetrievalProcessor(ProcessorMixin):
             ends = widths.cumsum(0)[(ends - 1).clamp(min=0)]
         places = torch.searchsorted(torch.tensor([len(piece) for piece in pieces]).cumsum(0), ends)
         return encoding.ids, places.clamp(max=len(tokens) - 1)
+
+
+def _any_of(tokens: list[str | None]) -> re.Pattern:
+    return re.compile(
+        "|".join(re.escape(token) for token in sorted(filter(None, tokens), key=len, reverse=True)) or "(?!)"
+    )
 
 
 def _spellings(tokenizer, tokens: list[str | None]) -> list[bytes]:

@@ -1,7 +1,7 @@
 """Generation beside vectors: the backbone's own tokens, one cache for an agent's turns, and written queries."""
 
+import copy
 import itertools
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,22 +18,36 @@ from conftest import (
     assert_close,
     assert_one_line,
     assistant,
-    pad,
     prompts_of,
+    stir,
     take_steps,
     user,
 )
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, TextStreamer
 
-from modeling_native_retrieval import NativeRetrievalModel, QueryCache, _adapted_layers
+from modeling_native_retrieval import NativeRetrievalModel, QueryCache
+
+GREEDY = {"do_sample": False, "pad_token_id": 0}
+# An end token, which a random backbone may write at any time, would make a test of twelve tokens one of two.
+TWELVE = {**GREEDY, "max_new_tokens": 12, "eos_token_id": None}
 
 
+def cached(model: NativeRetrievalModel, conversations: Any, **arguments) -> QueryCache:
+    return model.embed_query(conversations, return_cache=True, **arguments).past_key_values
+
+
+def of_cache(cache: QueryCache) -> dict[str, Any]:
+    return {"input_ids": cache.input_ids, "attention_mask": cache.attention_mask, "past_key_values": cache}
+
+
+def embedded(model: NativeRetrievalModel, queries: Any, **arguments) -> torch.Tensor:
+    """The vectors alone, with a cache as well."""
+    return getattr(found := model.embed_query(queries, **arguments), "query_embeddings", found)
+
+
+@contextmanager
 def scripted(model: NativeRetrievalModel, rows: list[list[int]]):
-    """A handle to make the backbone write these tokens, whatever it reads; a row is repeated from its last token."""
+    """Makes the backbone write these tokens, whatever it reads; a row is repeated from its last token."""
     steps = itertools.count()
 
     def rewrite(module: torch.nn.Module, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -42,127 +56,11 @@ def scripted(model: NativeRetrievalModel, rows: list[list[int]]):
             logits[i, -1, row[min(step, len(row) - 1)]] = 1e4
         return logits
 
-    return model.get_output_embeddings().register_forward_hook(rewrite)
-
-
-# Generation
-
-
-def continuations(
-    backbone: PreTrainedModel | NativeRetrievalModel, rows: list[list[int]], **arguments: Any
-) -> list[list[int]]:
-    """Greedy continuations of one prompt and of all in one batch, and sampled ones of the batch."""
-    found = []
-    for batch, sample in ((rows[1:2], False), (rows, False), (rows, True)):
-        torch.manual_seed(0)
-        ids, mask = pad(batch, 0, "left"), pad([[1] * len(row) for row in batch], 0, "left")
-        output = backbone.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=sample, pad_token_id=0, **arguments
-        )
-        found.append(output[:, ids.shape[1] :].tolist())
-    return found
-
-
-@pytest.mark.parametrize(("family", "tie"), BACKBONES)
-def test_generation_is_the_backbones_own(
-    family: str,
-    tie: bool,
-    make_backbone: Callable[..., PreTrainedModel],
-    make_model: Callable[..., NativeRetrievalModel],
-    tmp_path: Path,
-):
-    bare, model = make_backbone(family, tie), make_model(family, tie)
-    rows = prompts_of(model)
-    wanted = continuations(bare, rows)
-    assert continuations(model, rows) == wanted
-    before = model.embed_query(CONVERSATIONS)
-    take_steps(model)
-    trained = model.embed_query(CONVERSATIONS)
-    assert (trained - before).norm() > 0.1
-    assert continuations(model, rows) == wanted
-    for name, weight in bare.state_dict().items():
-        assert torch.equal(model.backbone.state_dict()[name], weight), name
-    model.save_pretrained(tmp_path)
-    loaded = NativeRetrievalModel.from_pretrained(tmp_path)
-    assert continuations(loaded, rows) == wanted
-    for mode in MODES:
-        assert_close(loaded.embed_query(CONVERSATIONS, mode=mode), model.embed_query(CONVERSATIONS, mode=mode))
-    # As the bare backbone, it generates with a cache.
-    assert loaded.backbone.config.use_cache and loaded.backbone.generation_config.use_cache
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_generation_goes_on_from_the_cache(model: NativeRetrievalModel, mode: str):
-    for conversations in ([CONVERSATIONS[1]], CONVERSATIONS):
-        output = model.embed_query(conversations, mode=mode, return_cache=True)
-        rows = prompts_of(model, conversations)
-        arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-        ids, mask = pad(rows, 0, "left"), pad([[1] * len(row) for row in rows], 0, "left")
-        wanted = model.generate(input_ids=ids, attention_mask=mask, **arguments)[:, ids.shape[1] :]
-        seen = model.generate(
-            input_ids=output.input_ids,
-            attention_mask=output.attention_mask,
-            past_key_values=output.past_key_values,
-            **arguments,
-        )
-        assert torch.equal(seen[:, ids.shape[1] :], wanted)
-        assert_close(output.query_embeddings, model.embed_query(conversations, mode=mode))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_generation_goes_on_from_the_cache_behind_what_was_found(model: NativeRetrievalModel, mode: str):
-    output = model.embed_query(CONVERSATIONS, mode=mode, return_cache=True)
-    found = model.tokenizer("Tool result: the bridge was built in 1874.", return_tensors="pt")["input_ids"]
-    ids = torch.cat((output.input_ids, found.expand(len(output.input_ids), -1)), dim=1)
-    mask = torch.cat((output.attention_mask, torch.ones_like(found).expand(len(output.input_ids), -1)), dim=1)
-    arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    wanted = model.generate(input_ids=ids, attention_mask=mask, **arguments)
-    seen = model.generate(input_ids=ids, attention_mask=mask, past_key_values=output.past_key_values, **arguments)
-    assert torch.equal(seen, wanted)
-
-
-def test_one_thread_may_embed_while_another_generates(tiny_model: NativeRetrievalModel):
-    vectors = tiny_model.embed_query(CONVERSATIONS)
-    written = tiny_model.embed_query(CONVERSATIONS, mode="generated")
-    rows = prompts_of(tiny_model)
-    answers = continuations(tiny_model, rows)
-
-    def work(number: int) -> bool:
-        if number % 3 == 0:
-            return torch.allclose(tiny_model.embed_query(CONVERSATIONS), vectors, atol=1e-5)
-        if number % 3 == 1:
-            return torch.allclose(tiny_model.embed_query(CONVERSATIONS, mode="generated"), written, atol=1e-5)
-        ids = torch.tensor(rows[1:2])
-        return tiny_model.generate(ids, max_new_tokens=12, do_sample=False)[:, ids.shape[1] :].tolist() == answers[0]
-
-    with ThreadPoolExecutor(3) as pool:
-        assert all(pool.map(work, range(30)))
-
-
-def test_a_padded_batch_generates_what_each_prompt_does_alone(tiny_model: NativeRetrievalModel):
-    rows = prompts_of(tiny_model)
-    ids, mask = tiny_model.pad(rows)
-    arguments = {"max_new_tokens": 6, "eos_token_id": None, "do_sample": False, "pad_token_id": 0}
-    together = tiny_model.generate(ids, attention_mask=mask, **arguments)[:, ids.shape[1] :]
-    for row, seen in zip(rows, together, strict=True):
-        assert torch.equal(tiny_model.generate(torch.tensor([row]), **arguments)[0, len(row) :], seen)
-
-
-def test_as_a_plain_language_model_it_is_the_backbone_and_embeds_all_the_same(
-    tiny_model: NativeRetrievalModel, tmp_path: Path
-):
-    tiny_model.save_pretrained(tmp_path / "one")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one", trust_remote_code=True)
-    loaded.save_pretrained(tmp_path / "two")  # and whichever class has saved it, both load
-    for again in (loaded, AutoModel.from_pretrained(tmp_path / "two", trust_remote_code=True)):
-        for mode in MODES:
-            assert_close(again.embed_query(CONVERSATIONS, mode=mode), tiny_model.embed_query(CONVERSATIONS, mode=mode))
-    ids = torch.arange(3, 30)[None]
-    assert torch.equal(loaded(ids).logits, tiny_model.backbone(ids).logits)
-    assert loaded.can_generate()
-
-
-# An agent's turn: one cache for the vector, the answer, and the next turn
+    handle = model.get_output_embeddings().register_forward_hook(rewrite)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -180,214 +78,468 @@ def tokens_passed(model: NativeRetrievalModel):
         handle.remove()
 
 
-GREEDY = {"do_sample": False, "pad_token_id": 0}
+def is_recurrent(cache: QueryCache) -> bool:
+    return any(hasattr(layer, "recurrent_states") for layer in cache.past_key_values.layers)
 
 
-@pytest.mark.parametrize("mode", ["context", "probe"])
+# Generation without a cache
+
+
+def continuations(backbone: PreTrainedModel | NativeRetrievalModel, rows: list[list[int]], pad) -> list[list[int]]:
+    """Greedy continuations of one prompt and of all in one batch, and sampled ones of the batch."""
+    found = []
+    for batch, sample in ((rows[1:2], False), (rows, False), (rows, True)):
+        torch.manual_seed(0)
+        ids, mask = pad(batch)
+        arguments = {**TWELVE, "do_sample": sample}
+        found.append(backbone.generate(input_ids=ids, attention_mask=mask, **arguments)[:, ids.shape[1] :].tolist())
+    return found
+
+
+@pytest.mark.parametrize(("family", "tie"), BACKBONES)
+def test_generation_is_the_backbones_own(family: str, tie: bool, make_backbone, make_model, tmp_path: Path):
+    bare, model = make_backbone(family, tie), make_model(family, tie)
+    rows, pad = prompts_of(model), model.processor.pad
+    wanted = continuations(bare, rows, pad)
+    assert continuations(model, rows, pad) == wanted
+    before = model.embed_query(CONVERSATIONS)
+    take_steps(model)
+    assert (model.embed_query(CONVERSATIONS) - before).norm() > 0.1
+    assert continuations(model, rows, pad) == wanted
+    for name, weight in bare.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], weight), name
+    model.save_pretrained(tmp_path)
+    loaded = NativeRetrievalModel.from_pretrained(tmp_path)
+    assert continuations(loaded, rows, pad) == wanted
+    # As the bare backbone, it generates with a cache.
+    assert loaded.backbone.config.use_cache and loaded.backbone.generation_config.use_cache
+
+
+def test_a_padded_batch_generates_what_each_prompt_does_alone(model: NativeRetrievalModel):
+    rows = prompts_of(model)
+    ids, mask = model.processor.pad(rows)
+    together = model.generate(ids, attention_mask=mask, **TWELVE)[:, ids.shape[1] :]
+    for row, seen in zip(rows, together, strict=True):
+        assert torch.equal(model.generate(torch.tensor([row]), **TWELVE)[0, len(row) :], seen)
+
+
+def test_one_thread_may_embed_while_another_generates(tiny_model: NativeRetrievalModel):
+    vectors = tiny_model.embed_query(CONVERSATIONS)
+    written = tiny_model.embed_query(CONVERSATIONS, mode="generated")
+    ids = torch.tensor(prompts_of(tiny_model)[1:2])
+    answer = tiny_model.generate(ids, **TWELVE)
+
+    def work(number: int) -> bool:
+        if number % 3 == 0:
+            return torch.allclose(tiny_model.embed_query(CONVERSATIONS), vectors, atol=1e-5)
+        if number % 3 == 1:
+            return torch.allclose(tiny_model.embed_query(CONVERSATIONS, mode="generated"), written, atol=1e-5)
+        return torch.equal(tiny_model.generate(ids, **TWELVE), answer)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(work, range(30)))
+
+
+def test_transformers_own_caches_are_the_backbones_business(tiny_model: NativeRetrievalModel):
+    ids = torch.tensor(prompts_of(tiny_model)[1:2])
+    wanted = tiny_model.backbone.generate(ids, **TWELVE)
+    cache = DynamicCache(config=tiny_model.backbone.config)
+    assert torch.equal(tiny_model.generate(ids, past_key_values=cache, **TWELVE), wanted)
+    assert cache.get_seq_length() == wanted.shape[1] - 1
+    with pytest.raises(ValueError, match="DynamicCache") as error:
+        tiny_model.embed_query(CONVERSATIONS[1], past_key_values=cache)
+    assert_one_line(error)
+
+
+# An agent's turn: one cache for the vector, the answer, and the next turn
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("conversations", [CONVERSATIONS[1:2], CONVERSATIONS], ids=["one", "batch"])
+def test_generation_goes_on_from_the_vectors_cache(model: NativeRetrievalModel, mode: str, conversations: list):
+    ids, mask = model.processor.pad(prompts_of(model, conversations))
+    wanted = model.backbone.generate(input_ids=ids, attention_mask=mask, **TWELVE)
+    found = model.embed_query(conversations, mode=mode, return_cache=True)
+    assert_close(found.query_embeddings, model.embed_query(conversations, mode=mode))
+    assert torch.equal(found.input_ids, ids) and torch.equal(found.attention_mask, mask)
+    with tokens_passed(model) as counts:
+        seen = model.generate(**of_cache(found.past_key_values), **TWELVE)
+    assert torch.equal(seen, wanted)
+    # Its last token passes once more, before which a recurrent state cannot go back.
+    assert counts == [ids.shape[1] if is_recurrent(found.past_key_values) else 1] + [1] * 11
+    # As a user would call it who has laid the batch out herself, and what is found follows the prompts.
+    found = cached(model, conversations, mode=mode)
+    tool = model.tokenizer("Tool result: the bridge was built in 1874.", return_tensors="pt")["input_ids"]
+    ids = torch.cat((ids, tool.expand(len(ids), -1)), dim=1)
+    mask = F.pad(mask, (0, tool.shape[1]), value=1)
+    wanted = model.backbone.generate(input_ids=ids, attention_mask=mask, **TWELVE)
+    seen = model.generate(ids, attention_mask=mask, past_key_values=found, **TWELVE)
+    assert torch.equal(seen, wanted)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_the_next_turn_passes_only_what_is_new(model: NativeRetrievalModel, mode: str):
     messages = [*CONVERSATIONS[1]]
-    cache = model.embed_query(messages, mode=mode, return_cache=True).past_key_values
+    cache = cached(model, messages, mode=mode)
     for turn in range(3):
-        ids = model.tokenizer(model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        ids = torch.tensor([ids["input_ids"] if turn else model.build_prompt(messages)])
-        answer = model.generate(ids, past_key_values=cache, max_new_tokens=6, eos_token_id=None, **GREEDY)
+        ids = torch.tensor([model.processor.encode(messages)])
+        answer = model.generate(ids, past_key_values=cache, **{**TWELVE, "max_new_tokens": 6})
+        assert torch.equal(answer, model.backbone.generate(ids, **{**TWELVE, "max_new_tokens": 6}))
         text = model.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).strip() or "Yes."
         messages += [assistant(text), user(f"And who came after number {turn}, and when was that?")]
-        whole = len(model.build_prompt(messages))
+        whole = len(model.processor.encode(messages))
         with tokens_passed(model) as counts:
             found = model.embed_query(messages, mode="context", past_key_values=cache, return_cache=True)
-        assert sum(counts) <= whole - ids.shape[1] + 4, "the history passed again"
-        cache = found.past_key_values
+        assert sum(counts) <= whole - (0 if is_recurrent(cache) else ids.shape[1] - 4), "the history passed again"
+        assert found.past_key_values is cache
         assert_close(found.query_embeddings, model.embed_query(messages, mode="context"))
         assert_close(
-            model.embed_query(messages, mode=mode, past_key_values=cache), model.embed_query(messages, mode=mode)
+            embedded(model, messages, mode=mode, past_key_values=cache), model.embed_query(messages, mode=mode)
         )
 
 
-@pytest.mark.parametrize("mode", ["context", "probe"])
-def test_a_vector_in_the_middle_of_a_generation_changes_nothing(model: NativeRetrievalModel, mode: str):
-    cache = model.embed_query(CONVERSATIONS, return_cache=True)
-    ids, mask = cache.input_ids, cache.attention_mask
-    wanted = model.generate(ids, attention_mask=mask, max_new_tokens=12, eos_token_id=None, **GREEDY)
-    half = model.generate(
-        ids,
-        attention_mask=mask,
-        past_key_values=cache.past_key_values,
-        max_new_tokens=5,
-        eos_token_id=None,
-        **GREEDY,
-    )
-    assert torch.equal(half, wanted[:, : half.shape[1]])
+def test_what_goes_on_without_a_change_passes_once(model: NativeRetrievalModel):
+    """The agent's own text of before, word for word: for recurrent layers too, whose states cannot be taken back."""
+    cache = cached(model, CONVERSATIONS[1])
+    half = model.generate(**of_cache(cache), **TWELVE)
+    longer = torch.cat((half, torch.tensor([[7, 8, 9]])), dim=1)
     with tokens_passed(model) as counts:
-        vectors = model.embed_query(half, mode="context", past_key_values=cache.past_key_values)
-    assert counts == [1], "more passed than the token that generate had left"
+        vector = embedded(model, longer, past_key_values=cache)
+    assert counts == [4]  # and the token that generate had left
+    assert_close(vector, model.embed_query(longer))
+    assert_close(cache.hidden_states, model.prefill(longer).hidden_states)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_vector_in_the_middle_of_a_generation_changes_nothing(model: NativeRetrievalModel, mode: str):
+    cache = cached(model, CONVERSATIONS)
+    ids, mask = cache.input_ids, cache.attention_mask
+    wanted = model.backbone.generate(ids, attention_mask=mask, **TWELVE)
+    half = model.generate(**of_cache(cache), **{**TWELVE, "max_new_tokens": 5})
+    assert torch.equal(half, wanted[:, : half.shape[1]])
     longer = F.pad(mask, (0, 5), value=1)
-    assert_close(vectors, model(half, longer).query_embeddings)
-    other = model.embed_query(half, mode=mode, past_key_values=cache.past_key_values)
-    rows = [row[keep.bool()].tolist() for row, keep in zip(half, longer, strict=True)]
-    prefill = model.prefill(*model.pad(rows))
-    assert_close(other, model.embed_prefilled(prefill, mode).query_embeddings)
-    rest = model.generate(
-        half,
-        attention_mask=longer,
-        past_key_values=cache.past_key_values,
-        max_new_tokens=7,
-        eos_token_id=None,
-        **GREEDY,
-    )
+    vectors = embedded(model, half, attention_mask=longer, mode=mode, past_key_values=cache)
+    assert_close(vectors, model.embed_query(half, attention_mask=longer, mode=mode))
+    rest = model.generate(half, attention_mask=longer, past_key_values=cache, **{**TWELVE, "max_new_tokens": 7})
     assert torch.equal(rest, wanted)
 
 
 def test_rows_of_a_batch_go_on_by_different_lengths(model: NativeRetrievalModel):
-    cache = model.embed_query(CONVERSATIONS, return_cache=True).past_key_values
+    cache = cached(model, CONVERSATIONS)
     longer = [
         [*messages, {"role": "tool", "content": "It was built in 1874 by a printer. " * (i % 3 + 1)}]
         for i, messages in enumerate(CONVERSATIONS)
     ]
-    rows = prompts_of(model, longer)
-    ids, mask = model.pad(rows)
-    wanted = model.generate(ids, attention_mask=mask, max_new_tokens=8, eos_token_id=None, **GREEDY)
+    ids, mask = model.processor.pad(prompts_of(model, longer))
+    wanted = model.backbone.generate(ids, attention_mask=mask, **TWELVE)
     found = model.embed_query(longer, past_key_values=cache, return_cache=True)
     assert_close(found.query_embeddings, model.embed_query(longer))
-    seen = model.generate(
-        found.input_ids,
-        attention_mask=found.attention_mask,
-        past_key_values=found.past_key_values,
-        max_new_tokens=8,
-        eos_token_id=None,
-        **GREEDY,
-    )
-    assert torch.equal(seen[:, found.input_ids.shape[1] :], wanted[:, ids.shape[1] :])
-    # As a user would call it: with the batch padded in the usual way.
-    found = model.embed_query(CONVERSATIONS, return_cache=True)
-    seen = model.generate(
-        ids,
-        attention_mask=mask,
-        past_key_values=found.past_key_values,
-        max_new_tokens=8,
-        eos_token_id=None,
-        **GREEDY,
-    )
-    assert torch.equal(seen, wanted)
-    # In the middle of that turn: the rows stand as the caller has padded them, and not as the cache has.
-    more = model.embed_query(seen, past_key_values=found.past_key_values)
-    alone = [torch.tensor([[*row, *new.tolist()]]) for row, new in zip(rows, seen[:, ids.shape[1] :], strict=True)]
-    assert_close(more, torch.cat([model.embed_query(row) for row in alone]))
-    with pytest.raises(ValueError, match="num_return_sequences=2"):
-        model.generate(ids[:1], past_key_values=found.past_key_values, num_return_sequences=2, do_sample=True)
+    seen = model.generate(**of_cache(cache), **TWELVE)
+    assert torch.equal(seen[:, -12:], wanted[:, -12:])
+    # From the first turn on, with the batch as a user has padded it, and to a length that counts her columns.
+    cache = cached(model, CONVERSATIONS)
+    lengths = {"max_length": ids.shape[1] + 12, "min_length": ids.shape[1] + 3, "max_new_tokens": None}
+    assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=cache, **{**TWELVE, **lengths}), wanted)
+    again = torch.cat((ids, wanted[:, ids.shape[1] :]), dim=1)
+    more = F.pad(mask, (0, 12), value=1)
+    vectors = embedded(model, again, attention_mask=more, past_key_values=cache)
+    assert_close(vectors, model.embed_query(again, attention_mask=more))
 
 
-def test_logits_behind_a_cache_are_those_of_an_uncached_run(model: NativeRetrievalModel):
-    found = model.embed_query(CONVERSATIONS[1], return_cache=True)
-    ids = torch.cat((found.input_ids, model.tokenizer(" It was built in 1874.", return_tensors="pt")["input_ids"]), 1)
-    arguments = {"max_new_tokens": 6, "eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
-    seen = model.generate(ids, past_key_values=found.past_key_values, **arguments, **GREEDY)
-    wanted = model.generate(ids, **arguments, **GREEDY)
-    assert torch.equal(seen.sequences, wanted.sequences)
+def test_only_some_rows_go_on(model: NativeRetrievalModel):
+    """Short beside long, then only the short one longer, then padded anew: no real token is taken for padding."""
+    cache = cached(model, CONVERSATIONS[:2])
+    longer = [[*CONVERSATIONS[0], assistant("Ida Munro. " * 20), user("When?")], CONVERSATIONS[1]]
+    ids, mask = model.processor.pad(prompts_of(model, longer))
+    for _ in range(2):
+        assert_close(embedded(model, longer, past_key_values=cache), model.embed_query(longer))
+    with pytest.raises(ValueError, match="attention_mask") as error:
+        model.generate(ids, past_key_values=cache, **TWELVE)
+    assert_one_line(error)
+    wanted = model.backbone.generate(ids, attention_mask=mask, **TWELVE)
+    assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=cache, **TWELVE), wanted)
+
+
+def test_rows_that_end_early(model: NativeRetrievalModel):
+    """What generation pads them with is in the cache, and is not what the next turn holds."""
+    end, filler = model.tokenizer.eos_token_id, model.tokenizer.pad_token_id
+    cache = cached(model, CONVERSATIONS[:2])
+    with scripted(model, [[9, end], [9, 11, 12, 13, 14, 15]]):
+        said = model.generate(**of_cache(cache), max_new_tokens=6, do_sample=False, pad_token_id=filler)
+    assert said[0, -6:].tolist() == [9, end] + 4 * [filler] and said[1, -6:].tolist() == [9, 11, 12, 13, 14, 15]
+    prompts = [prompt + new for prompt, new in zip(prompts_of(model)[:2], ([9, end, 20], [9, 11, 12]), strict=True)]
+    ids, mask = model.processor.pad(prompts)
+    assert_close(embedded(model, ids, attention_mask=mask, past_key_values=cache), model.embed_prompts(prompts))
+
+
+def test_logits_after_a_cache_are_those_of_an_uncached_run(model: NativeRetrievalModel):
+    cache = cached(model, CONVERSATIONS[1])
+    ids = torch.cat((cache.input_ids, model.tokenizer(" It was built in 1874.", return_tensors="pt")["input_ids"]), 1)
+    arguments = {**TWELVE, "output_logits": True, "output_scores": True, "return_dict_in_generate": True}
+    seen, wanted = model.generate(ids, past_key_values=cache, **arguments), model.generate(ids, **arguments)
+    assert type(seen) is type(wanted) and torch.equal(seen.sequences, wanted.sequences)
     assert torch.allclose(torch.stack(seen.logits), torch.stack(wanted.logits), atol=1e-4)
+    assert seen.hidden_states is None and seen.attentions is None and len(seen.scores) == 12
+    arguments |= {"output_hidden_states": True}
+    states = model.generate(ids, past_key_values=cached(model, CONVERSATIONS[1]), **arguments).hidden_states
+    assert len(states) == 12 and len(states[0]) == 5
 
 
-def test_an_edited_history_is_passed_anew_from_where_it_differs(model: NativeRetrievalModel):
-    cache = model.embed_query(CONVERSATIONS[1], return_cache=True).past_key_values
-    ids = torch.tensor([model.build_prompt(CONVERSATIONS[1])])
-    model.generate(ids, past_key_values=cache, max_new_tokens=9, eos_token_id=None, **GREEDY)
+def test_an_edited_history_passes_again_from_where_it_differs(model: NativeRetrievalModel):
+    cache = cached(model, CONVERSATIONS[1])
+    model.generate(**of_cache(cache), **TWELVE)
     for place, text in ((2, "It was founded in 1901."), (1, "Tell me about the lighthouse."), (0, "Answer at length.")):
         edited = [dict(message) for message in CONVERSATIONS[1]]
         edited[place]["content"] = text
-        found = model.embed_query(edited, past_key_values=cache, return_cache=True)
-        assert_close(found.query_embeddings, model.embed_query(edited))
-        cache = found.past_key_values
+        assert_close(embedded(model, edited, past_key_values=cache), model.embed_query(edited))
+        ids = torch.tensor([model.processor.encode(edited)])
+        seen = model.generate(ids, past_key_values=cache, **TWELVE)
+        assert torch.equal(seen, model.backbone.generate(ids, **TWELVE))
+    for other in (CONVERSATIONS[0], CONVERSATIONS[1][1:2], [*CONVERSATIONS[1], *CONVERSATIONS[0]]):  # shorter, longer
+        assert_close(embedded(model, other, past_key_values=cache), model.embed_query(other))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_recurrent_backbone_goes_on_from_a_cache(make_model: Callable[..., NativeRetrievalModel], mode: str):
-    """What its linear attention has taken in cannot be taken back: it may pass again, and all else is as it always is."""
-    model = make_model("qwen3_5", num_context_tokens=2)
-    messages = CONVERSATIONS[1][1:]
-    found = model.embed_query(messages, mode=mode, return_cache=True)
-    assert_close(found.query_embeddings, model.embed_query(messages, mode=mode))
-    ids = found.input_ids
-    wanted = model.generate(ids, max_new_tokens=4, eos_token_id=None, **GREEDY)
-    seen = model.generate(ids, past_key_values=found.past_key_values, max_new_tokens=4, eos_token_id=None, **GREEDY)
-    assert torch.equal(seen, wanted)
-    for more in ([assistant("A printer."), user("Until when?")], [assistant("Nobody.")]):
-        longer = [*messages, *more]
-        seen = model.embed_query(longer, mode=mode, past_key_values=found.past_key_values, return_cache=True)
-        assert_close(seen.query_embeddings, model.embed_query(longer, mode=mode))
-        states = seen.past_key_values.recorded()[2]
-        wanted = model.prefill(*model.pad([model.build_prompt(longer)])).hidden_states
-        assert_close(states[:, -wanted.shape[1] :], wanted)
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_a_window_that_could_not_be_cropped_is_not_cropped_later(make_model, family: str):
+    model = stir(make_model(family))
+    prompt = [*model.processor.encode(CONVERSATIONS[1]), *range(20, 50)]
+    cache = model.embed_query(torch.tensor([prompt]), return_cache=True).past_key_values
+    model.generate(torch.tensor([[*prompt[:-2], 3]]), past_key_values=cache, **{**TWELVE, "max_new_tokens": 4})
+    for shared in (len(prompt) - SLIDING_WINDOW, len(prompt) - SLIDING_WINDOW - 3, 6, 4, 2, 1, 0):
+        edited = torch.tensor([[*prompt[:shared], 3, 4, 5]])
+        assert_close(embedded(model, edited, past_key_values=cache), model.embed_query(edited))
+        wanted = model.backbone.generate(edited, **TWELVE)
+        assert torch.equal(model.generate(edited, past_key_values=cache, **TWELVE), wanted)
 
 
-def test_a_query_that_is_written_is_not_in_the_prompts_cache(model: NativeRetrievalModel):
-    found = model.embed_query(CONVERSATIONS[1], mode="generated", return_cache=True)
-    cache = found.past_key_values
-    assert cache.get_seq_length() == cache.recorded()[0].shape[1] == found.input_ids.shape[1]
+def test_a_written_query_is_not_in_the_prompts_cache(model: NativeRetrievalModel):
+    cache = cached(model, CONVERSATIONS, mode="generated")
+    assert cache.past_key_values.get_seq_length() == cache.hidden_states.shape[1] == cache.input_ids.shape[1]
+    before = [copy.deepcopy(layer) for layer in cache.past_key_values.layers]
+    for _ in range(2):
+        output = model.embed_prefilled(cache, "generated")
+        assert_close(output.query_embeddings, model.embed_query(CONVERSATIONS, mode="generated"))
+    for layer, old in zip(cache.past_key_values.layers, before, strict=True):
+        if hasattr(layer, "keys"):
+            assert torch.equal(layer.keys, old.keys) and torch.equal(layer.values, old.values)
+        else:
+            assert torch.equal(layer.recurrent_states[0], old.recurrent_states[0])
+
+
+def test_a_cache_without_keys_and_values_passes_again(model: NativeRetrievalModel):
+    ids, mask = model.processor.pad(prompts_of(model))
+    wanted = model.backbone.generate(ids, attention_mask=mask, **TWELVE)
+    caches = {
+        "not kept": model.prefill(ids, mask, use_cache=False),
+        "of written queries": model.write_queries(model.prefill(ids, mask))[0],
+        "not filled": QueryCache(ids, mask),
+    }
+    for name, cache in caches.items():
+        assert torch.equal(
+            model.generate(ids, attention_mask=mask, past_key_values=copy.copy(cache), **TWELVE), wanted
+        ), name
+        assert_close(embedded(model, CONVERSATIONS, past_key_values=cache), model.embed_query(CONVERSATIONS))
 
 
 def test_what_interrupts_a_pass_does_not_spoil_the_cache(model: NativeRetrievalModel):
     """A key is pressed, or memory ends, between two layers: some have taken the new tokens in, and some have not."""
-    cache = model.embed_query(CONVERSATIONS[1], return_cache=True).past_key_values
     longer = [*CONVERSATIONS[1], assistant("A printer."), user("Until when did she own it?")]
+    ids = torch.tensor([model.processor.encode(longer)])
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    handle = _adapted_layers(model.config, model.backbone)[-1][1].register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model.embed_query(longer, past_key_values=cache)
-    handle.remove()
-    assert_close(model.embed_query(longer, past_key_values=cache), model.embed_query(longer))
+    for place, generates in itertools.product((0, 2, 3), (False, True)):
+        cache = cached(model, CONVERSATIONS[1])
+        name = next(name for name, _ in model.backbone.named_modules() if name.endswith(f".{place}"))
+        handle = model.backbone.get_submodule(name).register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            if generates:
+                model.generate(ids, past_key_values=cache, **TWELVE)
+            else:
+                model.embed_query(longer, past_key_values=cache)
+        handle.remove()
+        assert_close(embedded(model, longer, past_key_values=cache), model.embed_query(longer))
+        seen = model.generate(ids, past_key_values=cache, **TWELVE)
+        assert torch.equal(seen, model.backbone.generate(ids, **TWELVE))
 
 
-def test_a_cache_that_is_cropped_forgets_what_it_has_recorded(model: NativeRetrievalModel):
-    cache = model.embed_query(CONVERSATIONS[1], return_cache=True).past_key_values
-    ids = torch.tensor([model.build_prompt(CONVERSATIONS[1])])
-    answer = model.generate(ids, past_key_values=cache, max_new_tokens=5, eos_token_id=None, **GREEDY)
-    cache.crop(-2)  # as transformers does with what it generated beyond an end
-    assert cache.recorded()[0].shape[1] == cache.get_seq_length() == answer.shape[1] - 3
-    assert_close(model.embed_query(answer, past_key_values=cache), model.embed_query(answer))
+class Streamer(TextStreamer):
+    """Keeps what it is given, and has enough after some of it."""
+
+    def __init__(self, enough: int = 1000):
+        self.seen, self.enough = [], enough
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seen.append(value)
+        if len(self.seen) > self.enough:
+            raise InterruptedError
+
+    def end(self) -> None:
+        self.seen.append(None)
 
 
-def test_a_window_that_could_not_be_cut_is_not_cut_later(make_model: Callable[..., NativeRetrievalModel]):
-    model = make_model("gemma3")
-    prompt = [*model.build_prompt(CONVERSATIONS[1]), *range(20, 50)]
-    cache = QueryCache(model.config)
-    model.prefill(torch.tensor([prompt]), past_key_values=cache)
-    model.generate(torch.tensor([[*prompt[:-2], 3]]), past_key_values=cache, max_new_tokens=4, **GREEDY)
-    for shared in (len(prompt) - SLIDING_WINDOW, len(prompt) - SLIDING_WINDOW - 3, 6, 4, 2):
-        edited = torch.tensor([[*prompt[:shared], 3, 4, 5]])
-        assert_close(model.embed_query(edited, past_key_values=cache), model.embed_query(edited))
+def test_a_streamer_sees_all_and_may_interrupt(model: NativeRetrievalModel):
+    cache = cached(model, CONVERSATIONS[1])
+    streamer = Streamer()
+    wanted = model.generate(**of_cache(cache), streamer=streamer, **TWELVE)
+    assert torch.equal(torch.cat([part.flatten() for part in streamer.seen[:-1]]), wanted[0])
+    assert streamer.seen[-1] is None
+    cache = cached(model, CONVERSATIONS[1])
+    with pytest.raises(InterruptedError):
+        model.generate(**of_cache(cache), streamer=Streamer(enough=4), **TWELVE)
+    longer = torch.cat((wanted[:, :-6], torch.tensor([[7, 8, 9]])), dim=1)
+    assert_close(embedded(model, longer, past_key_values=cache), model.embed_query(longer))
+    ids = torch.tensor([model.processor.encode(CONVERSATIONS[1])])
+    assert torch.equal(model.generate(ids, past_key_values=cache, **TWELVE), wanted)
 
 
-def test_padding_is_known_without_a_mask(tiny_model: NativeRetrievalModel):
-    found = tiny_model.embed_query(CONVERSATIONS, return_cache=True)
-    arguments = {"max_new_tokens": 5, "eos_token_id": None}
-    wanted = tiny_model.generate(found.input_ids, attention_mask=found.attention_mask, **arguments, **GREEDY)
-    seen = tiny_model.generate(found.input_ids, past_key_values=found.past_key_values, **arguments, **GREEDY)
-    assert torch.equal(seen, wanted)
-    # Token ids as `generate` returned them, of rows that differ in length, with no cache at hand.
-    rows = prompts_of(tiny_model)
-    alone = torch.cat([tiny_model.embed_query(torch.tensor([row])) for row in rows])
-    for pad_id in (tiny_model.tokenizer.pad_token_id, tiny_model.tokenizer.eos_token_id):
-        tiny_model.backbone.generation_config.pad_token_id = pad_id
-        assert_close(tiny_model.embed_query(tiny_model.pad(rows)[0]), alone)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 2},
+        {"num_beams": 2, "num_beam_groups": 2},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"prefill_chunk_size": 4},
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 2},
+        {"assistant_early_exit": 2},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "low"},
+        {"force_words_ids": [[5]]},
+        {"cache_implementation": "static"},
+        {"token_healing": True},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_ways_that_one_cache_cannot_follow_are_refused(tiny_model: NativeRetrievalModel, settings: dict):
+    cache = cached(tiny_model, CONVERSATIONS[1])
+    for arguments in (settings, {"generation_config": GenerationConfig(**settings)}):
+        with pytest.raises(ValueError, match=list(settings)[0][:8]) as error:
+            tiny_model.generate(**of_cache(cache), **arguments)
+        assert_one_line(error)
+    assert torch.equal(
+        tiny_model.generate(**of_cache(cache), **TWELVE),
+        tiny_model.backbone.generate(cache.input_ids[:, :80], **TWELVE),
+    )  # and the cache is as good as before
 
 
-def test_what_reads_a_conversation_anew_takes_no_cache(tiny_model: NativeRetrievalModel):
-    found = tiny_model.embed_query(CONVERSATIONS[0], return_cache=True)
-    with pytest.raises(ValueError, match="prompt_lookup_num_tokens reads") as error:
-        tiny_model.generate(found.input_ids, past_key_values=found.past_key_values, prompt_lookup_num_tokens=3)
+def test_arguments_that_one_cache_cannot_follow_are_refused(tiny_model: NativeRetrievalModel):
+    cache = cached(tiny_model, CONVERSATIONS[1])
+    ids = cache.input_ids
+    arguments = {
+        "assistant_model": {"assistant_model": tiny_model.backbone},
+        "custom_generate": {"custom_generate": "someone/else"},
+        "inputs_embeds": {"inputs_embeds": torch.zeros(1, 3, 32)},
+        "position_ids": {"position_ids": torch.arange(ids.shape[1])[None]},
+    }
+    for name, given in arguments.items():
+        with pytest.raises(ValueError, match=name) as error:
+            tiny_model.generate(ids, past_key_values=cache, **given)
+        assert_one_line(error)
+    bad = {"one row": ids[0], "a list": ids.tolist(), "nothing": None, "floats": ids.float(), "no tokens": ids[:, :0]}
+    bad |= {"a negative token": -ids, "an unknown token": ids + 1000, "text": "Who?"}
+    for name, value in bad.items():
+        with pytest.raises(ValueError, match="input_ids") as error:
+            tiny_model.generate(value, past_key_values=cache, **TWELVE)
+        assert_one_line(error), name
+    with pytest.raises(ValueError, match="attention_mask") as error:
+        tiny_model.generate(ids, attention_mask=torch.ones(1, 3), past_key_values=cache, **TWELVE)
     assert_one_line(error)
 
 
-def test_a_cache_of_other_conversations_is_refused(tiny_model: NativeRetrievalModel):
-    cache = tiny_model.embed_query(CONVERSATIONS[:2], return_cache=True).past_key_values
-    with pytest.raises(ValueError, match="holds 2 conversations, and 1 ") as error:
-        tiny_model.embed_query(CONVERSATIONS[0], past_key_values=cache)
-    assert_one_line(error)
-    with pytest.raises(ValueError, match="token ids must be"):
-        tiny_model.embed_query(torch.zeros(2))
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_cache_of_another_number_of_conversations_is_refused(tiny_model: NativeRetrievalModel, count: int):
+    cache = cached(tiny_model, CONVERSATIONS[:2])
+    ids, mask = tiny_model.processor.pad(prompts_of(tiny_model)[:count])
+    for call in (
+        lambda: tiny_model.embed_query(CONVERSATIONS[:count], past_key_values=cache),
+        lambda: tiny_model.generate(ids, attention_mask=mask, past_key_values=cache),
+    ):
+        with pytest.raises(ValueError, match=f"holds 2 conversations, and {count} ") as error:
+            call()
+        assert_one_line(error)
+
+
+SETTINGS = [
+    {"do_sample": True, "top_k": 3},
+    {"do_sample": True, "temperature": 0.7},
+    {"use_cache": False},
+    {"repetition_penalty": 1.8},
+    {"no_repeat_ngram_size": 2},
+    {"cache_implementation": "hybrid"},  # as Gemma's
+    {"cache_implementation": "static"},
+    {"prefill_chunk_size": 4},
+    {"suppress_tokens": [*range(100, 300)]},
+    {"min_length": 200},
+    {"max_length": 10},
+    {"max_new_tokens": 2},
+    {"stop_strings": ["a"]},
+    {"forced_eos_token_id": 2},
+    {"max_time": 1e-9},
+    {"guidance_scale": 1.5},
+    {"eos_token_id": [2, 5]},
+    {"eos_token_id": None, "pad_token_id": None},
+    {"pad_token_id": -1},
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"sequence_bias": [[[5], 100.0]]},
+    {"penalty_alpha": 0.6, "top_k": 4},
+    {"num_beams": 4},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: next(iter(settings)))
+def test_a_backbones_own_settings(make_model, settings: dict):
+    """They shape its answers, with a cache as without, and never a written query."""
+    model = make_model()
+    ids = torch.tensor([model.processor.encode(CONVERSATIONS[1])])
+    wanted = model.embed_query(CONVERSATIONS, mode="generated")
+    for name, value in settings.items():
+        setattr(model.backbone.generation_config, name, value)
+    cache = cached(model, CONVERSATIONS[1], mode="generated")
+    if "eos_token_id" not in settings:
+        assert_close(model.embed_query(CONVERSATIONS, mode="generated"), wanted)
+    arguments = {} if "max_length" in settings else {"max_new_tokens": 12}
+    arguments |= {"tokenizer": model.tokenizer} if "stop_strings" in settings else {}
+    if {"num_beams", "penalty_alpha"} & settings.keys():
+        with pytest.raises(ValueError, match="num_beams|penalty_alpha") as error:
+            model.generate(ids, past_key_values=cache, **arguments)
+        assert_one_line(error)
+        arguments |= {"num_beams": 1, "penalty_alpha": None}
+    if "max_length" in settings:
+        ids = ids[:, :4]
+    outputs = []
+    for given in ({}, {"past_key_values": cache}):
+        torch.manual_seed(0)
+        outputs.append(model.generate(ids, **given, **arguments))
+    if "return_dict_in_generate" in settings:
+        outputs = [output.sequences for output in outputs]
+    assert torch.equal(*outputs)
+
+
+def test_settings_are_the_callers_before_the_backbones(tiny_model: NativeRetrievalModel):
+    tiny_model.backbone.generation_config.max_new_tokens = 3
+    ids = torch.tensor([tiny_model.processor.encode(CONVERSATIONS[1])])
+    config = GenerationConfig(max_new_tokens=5, eos_token_id=-1, return_dict_in_generate=True)
+    before = config.to_dict()
+    for arguments, length in (
+        ({"eos_token_id": None}, 3),
+        ({"generation_config": config}, 5),
+        ({"generation_config": config, "return_dict_in_generate": False, "max_new_tokens": 7}, 7),
+    ):
+        output = tiny_model.generate(ids, past_key_values=cached(tiny_model, CONVERSATIONS[1]), **arguments)
+        wanted = tiny_model.backbone.generate(ids, **arguments)
+        assert type(output) is type(wanted)
+        seen, wanted = (getattr(found, "sequences", found) for found in (output, wanted))
+        assert torch.equal(seen, wanted) and seen.shape[1] == ids.shape[1] + length
+    assert config.to_dict() == before
+    # Positionally, and by transformers' own name for the ids.
+    assert tiny_model.generate(ids, config).sequences.shape == (1, ids.shape[1] + 5)
+    assert tiny_model.generate(inputs=ids, max_new_tokens=2).shape[1] <= ids.shape[1] + 2
+    cache = cached(tiny_model, CONVERSATIONS[1])
+    assert torch.equal(
+        tiny_model.generate(inputs=ids, past_key_values=cache, **TWELVE), tiny_model.generate(ids, **TWELVE)
+    )
 
 
 # The paper's mode: a query is written first
@@ -399,14 +551,12 @@ def end_ids(model: NativeRetrievalModel) -> set[int]:
     return line_ends | set(tokenizer.all_special_ids)
 
 
-def test_generated_mode_reads_what_the_bare_backbone_would_write(
-    model: NativeRetrievalModel,
-):
+def test_generated_mode_reads_what_the_bare_backbone_would_write(model: NativeRetrievalModel):
     tokenizer, ends = model.tokenizer, end_ids(model)
     start = tokenizer(model.config.query_prompt, add_special_tokens=False)["input_ids"]
     compared = 0
     for conversation in CONVERSATIONS:
-        ids = model.build_prompt(conversation) + start
+        ids = model.processor.encode(conversation) + start
         query: list[int] = []
         while len(query) < model.config.max_query_tokens:
             with torch.no_grad():
@@ -440,13 +590,14 @@ def test_a_written_query_ends_before_a_line_end_or_special_token(tiny_model: Nat
     ]
     wanted = [words[:2], words[:3], words[:1], words[:length], words[:4]]
     with scripted(tiny_model, written):
-        output = tiny_model.embed_query(CONVERSATIONS, mode="generated", return_cache=True)
+        output = tiny_model.embed_query(CONVERSATIONS, mode="generated", return_cache=True, return_attributions=True)
     assert output.query_ids == wanted
+    assert output.attributions.shape == output.input_ids.shape
     for i, conversation in enumerate(CONVERSATIONS):
         with scripted(tiny_model, [written[i]]):
             alone = tiny_model.embed_query(conversation, mode="generated")
         assert_close(output.query_embeddings[i : i + 1], alone)
-        ids = tiny_model.build_prompt(conversation)
+        ids = tiny_model.processor.encode(conversation)
         ids += tokenizer(tiny_model.config.query_prompt, add_special_tokens=False)["input_ids"]
         readout = torch.tensor([[False] * len(ids) + [True] * len(wanted[i])])
         assert_close(tiny_model(torch.tensor([ids + wanted[i]]), readout_mask=readout).query_embeddings, alone)
