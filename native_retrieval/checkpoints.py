@@ -115,16 +115,28 @@ def write_local_paths(output_dir: Path, **sources: str) -> None:
         partial.write_text(json.dumps(paths, indent=2) + "\n")
 
 
-def alone_in(output_dir: Path):
-    """A lock, for a `with`, on a directory that two trainings would spoil for each other. Raises `ValueError` if one runs."""
+@contextmanager
+def alone_in(output_dir: Path) -> Iterator[None]:
+    """
+    A lock on a directory that two trainings would spoil for each other. One that was left empty is removed.
+
+    Raises:
+        `ValueError`: if another training holds it.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output_dir / "_training.lock")
     try:
-        return lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
             f"another training is writing to output_dir {output_dir}; wait for its end, or name another with --output_dir"
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if [path.name for path in output_dir.iterdir()] == ["_training.lock"]:
+            shutil.rmtree(output_dir)
 
 
 class HeadCheckpoints(Trainer):

@@ -123,8 +123,9 @@ def test_the_whole_checkpoints_of_a_training_that_goes_on_are_kept(tmp_path):
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path):
-    with alone_in(tmp_path / "out"), pytest.raises(ValueError, match="another training") as error:
-        alone_in(tmp_path / "out")
+    first, second = alone_in(tmp_path / "out"), alone_in(tmp_path / "out")
+    with first, pytest.raises(ValueError, match="another training") as error, second:
+        pass
     assert_one_line(error)
     with alone_in(tmp_path / "out"):
         pass
