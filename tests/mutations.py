@@ -9,6 +9,7 @@ notices is a missing test, and ends in exit code 1; so does one whose text is no
 import argparse
 import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -227,7 +228,7 @@ MUTATIONS = [
         HEAD,
         "dim=1).values.flip(1)",
         "dim=1).values",
-        "head::test_the_head_reads_the_last_tokens_and_knows_which_is_the_newest",
+        "head::test_the_head_reads_the_last_tokens_or_those_marked",
     ),
     Mutation(
         "head: no L2 normalisation",
@@ -283,14 +284,14 @@ MUTATIONS = [
         HEAD,
         "earlier = mask & (words.turn_ids > last)",
         "earlier = mask & (words.turn_ids >= last)",
-        "head::test_antecedents_stand_in_turns_before_the_question",
+        "head::test_antecedents_are_in_turns_before_the_question",
     ),
     Mutation(
         "antecedents: what an agent has done since asks",
         HEAD,
         "mask = words.mask & (words.turn_ids > 0)",
         "mask = words.mask & (words.turn_ids >= 0)",
-        "head::test_antecedents_stand_in_turns_before_the_question",
+        "head::test_antecedents_are_in_turns_before_the_question",
     ),
     Mutation(
         "antecedents: padding asks",
@@ -661,21 +662,21 @@ MUTATIONS = [
         MESSAGES,
         'if "tool_calls" in message and "tool_calls" not in knows:',
         "if False:",
-        "processing::test_nothing_that_was_said_is_lost",
+        "processing::test_nothing_that_was_said_is_lost[smollm2]",
     ),
     Mutation(
         "folding: a developer that a template does not know",
         MESSAGES,
         'if role == "developer" and role not in knows:',
         "if False:",
-        "processing",
+        "processing::test_nothing_that_was_said_is_lost[qwen2.5]",
     ),
     Mutation(
         "folding: results that a template does not know",
         MESSAGES,
         'if role == "tool" and role not in knows:',
         "if False:",
-        "processing",
+        "processing::test_a_result_is_told_from_what_a_user_says",
     ),
     Mutation(
         "folding: later system messages stay where a template refuses them",
@@ -687,58 +688,58 @@ MUTATIONS = [
     Mutation(
         "folding: arguments of calls stay strings",
         MESSAGES,
-        'function["arguments"] = json.loads(function["arguments"])',
+        'function["arguments"] = clean(json.loads(function["arguments"]))',
         "pass",
-        "processing",
+        "processing::test_later_system_messages_move_to_the_front_where_the_template_refuses_them",
     ),
     Mutation(
         "folding: ids of calls of any length",
         MESSAGES,
         're.sub("[^a-zA-Z0-9]", "", str(holder.get(key, "")))[-9:].rjust(9, "0")',
         'str(holder.get(key, ""))',
-        "processing",
+        "processing::test_ids_of_calls_are_as_long_as_mistrals_template_wants_them",
     ),
     Mutation(
         "folding: users' and assistant's turns do not alternate",
         MESSAGES,
         'yield alternating(fold(messages, knows - {"tool_calls", "tool", "function"}))',
         "pass",
-        "processing::test_nothing_that_was_said_is_lost",
+        "processing::test_nothing_that_was_said_is_lost[gemma2]",
     ),
     Mutation(
         "shortening: turns go before the middle of results",
         MESSAGES,
         "for cap in caps if results else ():",
         "for cap in ():",
-        "processing::test_results_lose_their_middle_before_any_turn_goes",
+        "processing::test_results_lose_their_middle_before_any_turn_goes[smollm2]",
     ),
     Mutation(
         "shortening: system messages go",
         MESSAGES,
         'for i, m in enumerate(messages[:question]) if m["role"] not in ROLES[:2]]',
         "for i, m in enumerate(messages[:question])]",
-        "processing::test_system_messages_and_the_last_question_stay",
+        "processing::test_system_messages_and_the_last_question_stay[300-extra1-smollm2]",
     ),
     Mutation(
         "shortening: the last question goes",
         MESSAGES,
         'question = max((i for i, m in enumerate(messages[:-1]) if m["role"] == "user"), default=len(messages) - 1)',
         "question = len(messages) - 1",
-        "processing::test_system_messages_and_the_last_question_stay",
+        "processing::test_system_messages_and_the_last_question_stay[300-extra1-smollm2]",
     ),
     Mutation(
         "shortening: the newest turns go first",
         MESSAGES,
         "if i not in set(old[:count])]",
         "if i not in set(old[-count:])]",
-        "processing::test_the_newest_turns_stay_and_results_never_lose_their_call",
+        "processing::test_the_newest_turns_stay_and_results_never_lose_their_call[smollm2]",
     ),
     Mutation(
         "shortening: results lose their call",
         MESSAGES,
         'while count < len(old) and messages[old[count]]["role"] == "tool":',
         "while False:",
-        "processing::test_the_newest_turns_stay_and_results_never_lose_their_call",
+        "processing::test_the_newest_turns_stay_and_results_never_lose_their_call[smollm2]",
     ),
     # Processor
     Mutation(
@@ -746,14 +747,14 @@ MUTATIONS = [
         PROCESSOR,
         '"sanitize_control_tokens": forged',
         '"sanitize_control_tokens": False',
-        "processing::test_no_text_forges_a_turn",
+        "processing::test_no_text_forges_a_turn[smollm2-user]",
     ),
     Mutation(
         "prompt: special tokens in a text are special without a template",
         PROCESSOR,
         "split_special_tokens=forged",
         "split_special_tokens=False",
-        "processing",
+        "processing::test_no_text_forges_a_special_token_without_a_template",
     ),
     Mutation(
         "prompt: markers that are not called special are text",
@@ -781,7 +782,7 @@ MUTATIONS = [
         PROCESSOR,
         "return input_ids[: limit // 4] + input_ids[-(limit - limit // 4) :]",
         "return input_ids",
-        "processing::test_any_conversation_fits_any_limit",
+        "processing::test_any_conversation_fits_any_limit[smollm2]",
     ),
     Mutation(
         "padding: on the right",
@@ -863,10 +864,10 @@ MUTATIONS = [
     ),
     Mutation(
         "words: cut off as in the teacher",
-        "native_retrieval/initialise.py",
-        "tokenizer.no_truncation()",
+        PROCESSOR,
+        "backend.no_truncation()",
         "pass",
-        "head::test_the_teachers_tokenizer_is_saved_and_loaded",
+        "processing::test_words_of_a_text_are_the_word_tokenizers",
     ),
     # What is built on the model
     Mutation(
@@ -1054,7 +1055,7 @@ def main() -> int:
     from native_retrieval.results import write_json
 
     write_json(
-        {"command": f"python tests/mutations.py --output {arguments.output}", "mutations": rows}, arguments.output
+        {"command": shlex.join(["python", "tests/mutations.py", *sys.argv[1:]]), "mutations": rows}, arguments.output
     )
     unnoticed = [row["name"] for row in rows if not row["caught"]]
     print(f"{len(rows) - len(unnoticed)} of {len(rows)} mutations were noticed")

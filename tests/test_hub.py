@@ -84,7 +84,7 @@ def test_everything_is_pushed_and_the_card_pins_it(trained):
     )
     assert {"backbone/config.json", "backbone/model.safetensors", "backbone/generation_config.json"} <= set(files)
     private = (".bin", "training.json", "_local.json", ".lock")
-    assert not [name for name in files if name.endswith(private) or name.startswith(("checkpoint", "runs/", "logs/"))]
+    assert not [name for name in files if name.endswith(private) or name.startswith(("checkpoint-", "runs/", "logs/"))]
     card = files["README.md"].decode()
     assert f'"{pinned}"' in card and "code_revision=revision" in card
     assert hub.metadata_problems == []

@@ -277,7 +277,7 @@ def test_single_messages_of_any_shape_are_taken():
         [{"content": "Who?"}],
         [("human", "Who?", "When?")],
         [[CONVERSATION]],
-        object(),
+        pytest.param(object(), id="an object"),
         "",
         [("human", "")],
         [("critic", "No.")],
