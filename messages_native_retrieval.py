@@ -4,10 +4,11 @@
 It knows dicts and strings, and nothing of tokenizers. Ships to the Hub; imports transformers' logging only.
 """
 
+import bisect
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +20,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 ALIASES = {"human": "user", "ai": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant"}
 MEDIA = ("image", "audio", "video", "file", "document", "media")
 CUT = "\n[...]\n"  # where the middle of a long text was
-SHORTEST_CUT = 32  # tokens that are left of a text whose middle is cut
+SHORTEST_RESULT, SHORTEST_TEXT = 128, 16  # characters that are left of a text whose middle is cut
 Message = dict[str, Any]
 
 
@@ -213,9 +214,8 @@ def strict(messages: list[Message]) -> list[Message]:
     strict = json.loads(json.dumps(messages, default=str))
     for message in strict:
         calls = message.get("tool_calls", ())
-        for function in (call["function"] for call in calls):
-            with suppress(ValueError, TypeError, KeyError):
-                function["arguments"] = clean(json.loads(function["arguments"]))
+        for function in (call["function"] for call in calls if "arguments" in call["function"]):
+            function["arguments"] = _parsed(function["arguments"])
         for holder, key in (
             *((call, "id") for call in calls),
             *[(message, "tool_call_id")] * (message["role"] == "tool"),
@@ -248,39 +248,63 @@ def plain_prompt(messages: list[Message]) -> str:
     return text[:-1] if messages[-1]["role"] == "assistant" else text + "Assistant:"
 
 
-def shorter(messages: list[Message], limit: int) -> Iterable[list[Message]]:
-    """Ever shorter forms of a conversation; `limit` is the prompt's, in tokens."""
-    caps = [limit >> i for i in range(1, 32) if limit >> i >= SHORTEST_CUT]
-    results = [i for i, message in enumerate(messages) if message["role"] == "tool"]
-    for cap in caps if results else ():
-        messages = [_cut(message, cap) if i in results else message for i, message in enumerate(messages)]
-        yield messages
-    messages = list(messages)
-    while True:
-        question = max((i for i, m in enumerate(messages[:-1]) if m["role"] == "user"), default=len(messages) - 1)
-        if messages[-1]["role"] == "user":
-            question = len(messages) - 1
-        old = [i for i, m in enumerate(messages[:question]) if m["role"] not in ROLES[:2]]
-        old = old or list(range(question + 1, len(messages) - 1))
-        if not old:
-            break
-        # A tenth at a time, so that a very long history is not rendered once for every turn in it.
-        count = max(1, len(old) // 10)
-        while count < len(old) and messages[old[count]]["role"] == "tool":  # results go with their call
-            count += 1
-        messages = [message for i, message in enumerate(messages) if i not in set(old[:count])]
-        yield messages
-    for cap in caps:
-        messages = [_cut(message, cap) for message in messages]
-        yield messages
+def shorten(messages: list[Message], limit: int, fits: Callable[[list[Message]], bool]) -> list[Message]:
+    """
+    A long conversation, until it fits a prompt of `limit` tokens: tool results lose their middle, then the oldest turns go,
+    then what follows the last question loses its middle, and last system messages and the question.
+    """
+
+    def cut(messages: list[Message], places: Iterable[int], least: int) -> list[Message]:
+        size, places = 2 * limit, set(places)  # in characters: half a prompt, at four characters a token
+        while size >= least and not fits(messages):
+            messages = [_cut(message, size) if i in places else message for i, message in enumerate(messages)]
+            size //= 2
+        return messages
+
+    roles = [message["role"] for message in messages]
+    messages = cut(messages, (i for i, role in enumerate(roles) if role in ROLES[4:]), SHORTEST_RESULT)
+    question = max((i for i, role in enumerate(roles) if role == "user"), default=len(roles) - 1)
+    # A result never stays without its call: the last round stays whole, and others go whole.
+    last = max((i for i, role in enumerate(roles) if role not in ROLES[4:]), default=0)
+    old = [i for i, role in enumerate(roles[:question]) if role not in ROLES[:2]]
+    old += [i for i in range(question + 1, last) if roles[i] not in ROLES[:2]]
+    ends = [n for n in range(len(old)) if roles[old[n]] not in ROLES[4:]] + [len(old)]
+
+    def without(end: int) -> list[int]:
+        gone = set(old[:end])
+        return [i for i in range(len(roles)) if i not in gone]
+
+    fewest = bisect.bisect_left(ends, True, hi=len(ends) - 1, key=lambda n: fits([messages[i] for i in without(n)]))
+    kept = without(ends[fewest])
+    spared = [n for n, i in enumerate(kept) if i == question or roles[i] in ROLES[:2]]
+    messages = cut([messages[i] for i in kept], set(range(len(kept))) - set(spared), SHORTEST_TEXT)
+    return cut(messages, spared, SHORTEST_TEXT)
 
 
-def _cut(message: Message, tokens: int) -> Message:
-    """The message without the middle of its text, if that is longer than some `tokens`, at four characters each."""
-    text, size = message["content"], 4 * tokens
-    if len(text) <= size:
-        return message
-    return {**message, "content": text[: size // 2] + CUT + text[len(text) - size // 2 :]}
+def _cut(message: Message, size: int) -> Message:
+    """The message with texts of at most some `size` characters: longer ones lose their middle."""
+
+    def shorter(value: Any) -> Any:
+        if isinstance(value, str) and len(value) > size:
+            return value[: size // 2] + CUT + value[len(value) - size // 2 :]
+        if isinstance(value, dict):
+            return {key: shorter(part) for key, part in value.items()}
+        return [shorter(part) for part in value] if isinstance(value, list) else value
+
+    message = message | {key: shorter(message[key]) for key in ("content", "reasoning_content") if key in message}
+    if len(str(calls := message.get("tool_calls", ""))) > size:
+        calls = [{**call, "function": dict(call["function"])} for call in calls]
+        for function in (call["function"] for call in calls):
+            function["arguments"] = shorter(_parsed(function.get("arguments")))
+        message["tool_calls"] = calls
+    return message
+
+
+def _parsed(arguments: Any) -> Any:
+    """OpenAI's arguments are JSON in a string."""
+    with suppress(ValueError, TypeError):
+        return clean(json.loads(arguments))
+    return arguments
 
 
 def strings(value: Any) -> Iterable[str]:
@@ -315,6 +339,6 @@ __all__ = [
     "forms",
     "has_text",
     "plain_prompt",
-    "shorter",
+    "shorten",
     "strings",
 ]

@@ -31,7 +31,7 @@ try:  # on the Hub these files form a package; in the repository they are plain 
         fold,
         forms,
         plain_prompt,
-        shorter,
+        shorten,
         strings,
     )
 except ImportError:
@@ -45,7 +45,7 @@ except ImportError:
         fold,
         forms,
         plain_prompt,
-        shorter,
+        shorten,
         strings,
     )
 
@@ -155,11 +155,12 @@ class NativeRetrievalProcessor(ProcessorMixin):
             f"A prompt has {len(input_ids)} tokens, over max_prompt_tokens={limit}. Long tool results lose their middle, then "
             "the oldest turns are dropped. (Said once.)"
         )
-        for less in shorter(messages, limit):
-            input_ids = self._encode(less, tools, template_kwargs)
-            if len(input_ids) <= limit:
-                return input_ids
-        return input_ids[: limit // 4] + input_ids[-(limit - limit // 4) :]
+
+        def fits(messages: list[dict]) -> bool:
+            return len(self._encode(messages, tools, template_kwargs)) <= limit
+
+        input_ids = self._encode(shorten(messages, limit, fits), tools, template_kwargs)
+        return input_ids if len(input_ids) <= limit else input_ids[: limit // 4] + input_ids[-(limit - limit // 4) :]
 
     def _encode(self, messages: list[dict], tools: list | None, template_kwargs: dict) -> list[int]:
         forged = any(map(self._special_marks.search, strings([messages, tools, template_kwargs])))

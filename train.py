@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
             for mode in data_args.modes_of(entry)
         }
         if is_main:  # what a stopped run has left unfinished, or what is to be overwritten
-            checkpoints.remove_checkpoints(output_dir, keep_whole=checkpoint is not None)
+            checkpoints.remove_checkpoints(output_dir, resumed=checkpoint)
 
         if texts:
             words = build_texts(model.processor, teacher, texts, "plain texts", data_args.augmentation_share)

@@ -52,13 +52,14 @@ def last_whole_checkpoint(output_dir: Path) -> Path | None:
     return next((path for path in reversed(checkpoints_of(output_dir)) if is_whole(path)), None)
 
 
-def remove_checkpoints(output_dir: Path, keep_whole: bool = False) -> None:
+def remove_checkpoints(output_dir: Path, resumed: str | None = None) -> None:
     """
-    Removes the checkpoints in a folder, all or those that are not whole.
+    Removes the checkpoints in a folder; but not the whole ones if the training goes on from one of them.
 
     Stopped half-way, it leaves none that seems whole but lacks its weights, or those of its best.
     """
-    checkpoints = [path for path in checkpoints_of(output_dir) if not (keep_whole and is_whole(path))]
+    keeps = resumed is not None and Path(resumed).resolve().parent == output_dir.resolve()
+    checkpoints = [path for path in checkpoints_of(output_dir) if not (keeps and is_whole(path))]
     for checkpoint in reversed(checkpoints):
         (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
     for checkpoint in checkpoints:
@@ -114,16 +115,28 @@ def write_local_paths(output_dir: Path, **sources: str) -> None:
         partial.write_text(json.dumps(paths, indent=2) + "\n")
 
 
-def alone_in(output_dir: Path):
-    """A lock, for a `with`, on a directory that two trainings would spoil for each other. Raises `ValueError` if one runs."""
+@contextmanager
+def alone_in(output_dir: Path) -> Iterator[None]:
+    """
+    A lock on a directory that two trainings would spoil for each other. One that was left empty is removed.
+
+    Raises:
+        `ValueError`: if another training holds it.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output_dir / "_training.lock")
     try:
-        return lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
             f"another training is writing to output_dir {output_dir}; wait for its end, or name another with --output_dir"
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if [path.name for path in output_dir.iterdir()] == ["_training.lock"]:
+            shutil.rmtree(output_dir)
 
 
 class HeadCheckpoints(Trainer):

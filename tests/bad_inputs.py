@@ -26,7 +26,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -116,13 +115,13 @@ def embed(queries: Any, **arguments: Any) -> Callable[[World], Any]:
 def config(**fields: Any) -> Callable[[World], Any]:
     from configuration_native_retrieval import NativeRetrievalConfig
 
-    return lambda world: NativeRetrievalConfig(text_config=LlamaConfig(num_hidden_layers=4), **fields)
+    return lambda world: NativeRetrievalConfig(num_hidden_layers=4, **fields)
 
 
 def from_backbone(backbone: Any = None, **arguments: Any) -> Callable[[World], Any]:
-    from modeling_native_retrieval import NativeRetrievalModel
+    from native_retrieval.initialise import from_backbone
 
-    return lambda world: NativeRetrievalModel.from_backbone(
+    return lambda world: from_backbone(
         world.backbone if backbone is None else backbone,
         **{"tokenizer": world.model.tokenizer, "embedding_dim": 32, **arguments},
     )
@@ -228,11 +227,11 @@ QUESTION = [user("Who founded Belford Museum?")]
 
 
 def train(words: str, *says: str, **more: Any) -> Row:
-    return Row("train.py", words, command("train", f"{TRAIN} {words}", "command"), says, **more)
+    return Row("train.py", words, script("train.py", f"{TRAIN} {words}"), says, **more)
 
 
 def recipe(input: str, text: str | bytes, *says: str) -> Row:
-    return Row("train.py RECIPE", input, command("train", "bad.yaml", "command"), says, files={"bad.yaml": text})
+    return Row("train.py RECIPE", input, script("train.py", "bad.yaml"), says, files={"bad.yaml": text})
 
 
 def evaluate(words: str, *says: str, **more: Any) -> Row:
@@ -240,7 +239,8 @@ def evaluate(words: str, *says: str, **more: Any) -> Row:
 
 
 def module(name: str, words: str, *says: str, **more: Any) -> Row:
-    return Row(f"python -m native_retrieval.{name}", words, command(f"native_retrieval.{name}", words), says, **more)
+    place = f"native_retrieval.{name}" + (".__main__" if name == "synthesis" else "")
+    return Row(f"python -m native_retrieval.{name}", words, command(place, words), says, **more)
 
 
 def run(path: str, words: str, *says: str, **more: Any) -> Row:
@@ -260,12 +260,12 @@ FEW_DOCUMENTS = {"bad/corpus.jsonl": DOCUMENT}
 ROWS = [
     Row("model.embed_query", "batch_size='many'", embed("Who?", batch_size="many"), ("batch_size='many'", "at least 1")),
     Row("model.embed_query", "token ids outside the vocabulary", embed(torch.tensor([[5, 99_999]])), ("99999", "vocabulary")),
-    Row("model.embed_query", "token ids without tokens", embed(torch.zeros(1, 0, dtype=torch.long)), ("(1, 0)", "at least one token")),
+    Row("model.embed_query", "token ids without tokens", embed(torch.zeros(1, 0, dtype=torch.long)), ("(1, 0)", "a token in each row")),
     Row("model.embed_query", "a cache of transformers' own", embed("Who?", past_key_values=transformers.DynamicCache()), ("past_key_values is a DynamicCache", "return_cache=True")),
     Row("model.embed_prompts", "a prompt without tokens", lambda w: w.model.embed_prompts([[5], []]), ("prompt 1", "at least one token")),
-    Row("model.generate", "a mask of another shape", lambda w: w.model.generate(torch.tensor([[5, 6]]), past_key_values=cache_of(w, "a?"), attention_mask=torch.ones(1, 5, dtype=torch.long)), ("attention_mask (1, 5)", "(1, 2)", "the same shape")),
-    Row("NativeRetrievalModel.from_backbone", "a folder that is not there", from_backbone("nowhere"), ("backbone 'nowhere'", "cannot be loaded")),
-    Row("NativeRetrievalModel.from_backbone", "a misspelt field", from_backbone(head_dmi=256), ("head_dmi", "head_dim")),
+    Row("model.generate", "a mask of another shape", lambda w: w.model.generate(torch.tensor([[5, 6]]), past_key_values=cache_of(w, "a?"), attention_mask=torch.ones(1, 5, dtype=torch.long)), ("(1, 5)", "(1, 2)", "one shape")),
+    Row("from_backbone", "a folder that is not there", from_backbone("nowhere"), ("backbone 'nowhere'", "cannot be loaded")),
+    Row("from_backbone", "a misspelt field", from_backbone(head_dmi=256), ("head_dmi", "head_dim")),
     Row("NativeRetrievalConfig", "head_dim='big'", config(head_dim="big"), ("head_dim", "'big'")),
     Row("Teacher", "a folder that is not there", lambda w: importlib.import_module("native_retrieval.teacher").Teacher("nowhere"), ("the teacher 'nowhere'", "cannot be loaded")),
     train("--teacher nowhere", "the teacher 'nowhere'", "cannot be loaded"),
@@ -274,30 +274,26 @@ ROWS = [
     Row("index.check_model", "a model that knows no teacher", lambda w: w.index.check_model(stranger(w, None)), ("fingerprint None", "take a model of the index's teacher")),
     # Python: conversations and vectors
     Row("model.embed_query", "None", embed(None), ("queries is a NoneType", "give a string, a conversation")),
-    Row("model.embed_query", "an empty string", embed(""), ("query 0 is empty", "give a question")),
-    Row("model.embed_query", "an unknown role", embed([{"role": "robot", "content": "Hi"}]), ("'robot'", "use one of system, user")),
-    Row("model.embed_query", "content in parts", embed([user([{"type": "text"}])]), ("message 0: content is a list", "give a string")),
+    Row("model.embed_query", "an empty string", embed(""), ("query 0", "empty")),
+    Row("model.embed_query", "an unknown role", embed([{"role": "robot", "content": "Hi"}]), ("'robot'", "use one of system, developer")),
+    Row("model.embed_query", "parts without text", embed([user([{"type": "text"}])]), ("message 0, is empty", "give the user's question")),
     Row("model.embed_query", "an empty last turn", embed([*QUESTION, user(" ")]), ("message 1, is empty", "give the user's question")),
     Row("model.embed_query", "strings and conversations", embed(["Who?", QUESTION]), ("queries mixes", "a list of one kind")),
-    Row("from_pretrained", "quantization_config", lambda w: importlib.import_module("modeling_native_retrieval").NativeRetrievalModel.from_pretrained("model", quantization_config={"load_in_4bit": True}), ("quantization_config would quantise the head", "from_backbone")),
-    Row("model.embed_query", "a prompt longer than the context", embed("word " * 600), ("max_prompt_tokens=", "shorten it")),
-    Row("model.embed_query", "mode='psychic'", embed("Who?", mode="psychic"), ("mode='psychic'", "choose one of context, generated, probe")),
+    Row("model.embed_query", "a prompt over the limit, not to be cut", embed("word " * 600, truncation=False), ("max_prompt_tokens=", "shorten it")),
+    Row("model.embed_query", "mode='psychic'", embed("Who?", mode="psychic"), ("mode='psychic'", "choose one of context, generated")),
     Row("model.embed_query", "batch_size=0", embed("Who?", batch_size=0), ("batch_size=0", "at least 1")),
-    Row("model.embed_query", "numbers in the place of token ids", embed(torch.zeros(2)), ("(2,) torch.float32", "must be (batch, tokens)")),
+    Row("model.embed_query", "numbers in the place of token ids", embed(torch.zeros(2)), ("(2,)", "token ids (batch, tokens)")),
     Row("model.embed_query", "no queries, with a cache", embed([], return_cache=True), ("queries is empty", "at least one conversation")),
     Row("model.embed_query", "a cache of two conversations for one", lambda w: w.model.embed_query("Who?", past_key_values=cache_of(w, "a?", "b?")), ("holds 2 conversations", "1 are to go on")),
-    Row("model.embed_query", "a mode that the model lacks", lambda w: from_backbone(num_probe_tokens=0, head_dim=32, head_num_attention_heads=4)(w).embed_query("Who?", mode="probe"), ("mode='probe'", "num_probe_tokens=0")),
     Row("model.generate", "a cache of two conversations for one", lambda w: w.model.generate(torch.tensor([[5, 6]]), past_key_values=cache_of(w, "a?", "b?")), ("holds 2 conversations", "1 are to go on")),
     Row("model.forward", "a row without a token to read", lambda w: w.model(torch.tensor([[5, 6]]), readout_mask=torch.zeros(1, 2, dtype=torch.bool)), ("readout_mask", "mark at least one")),
     Row("model.forward", "hidden states of other tokens", lambda w: w.model(torch.tensor([[5, 6]]), hidden_states=torch.zeros(1, 3, 5, 32)), ("(1, 3)", "(1, 2)", "for the same tokens")),
-    Row("build_prompt", "max_tokens=3", lambda w: importlib.import_module("modeling_native_retrieval").build_prompt(w.model.tokenizer, QUESTION, 3), ("max_prompt_tokens=3", "shorten it, or raise the limit")),
-    Row("build_prompt", "a string", lambda w: w.model.build_prompt("Who?"), ("conversation is a str", "give a list of {'role', 'content'}")),
+    Row("processor.encode", "a string", lambda w: w.model.processor.encode("Who?"), ("conversation is a str", "give a list of {'role', 'content'}")),
     # Python: models and configurations
-    Row("NativeRetrievalModel.from_pretrained", "a folder without a model", lambda w: type(w.model).from_pretrained("data"), ("data/config.json does not exist", "saved NativeRetrievalModel")),
-    Row("NativeRetrievalModel.from_backbone", "a tokenizer larger than the backbone", lambda w: from_backbone(tokenizer=larger(w.model.tokenizer))(w), ("tokens, the backbone embeds only", "give the backbone's own tokenizer")),
-    Row("NativeRetrievalModel.from_backbone", "another width than the teacher's", lambda w: from_backbone(teacher=w.teacher, embedding_dim=48)(w), ("32 dimensions", "embedding_dim is 48", "leave embedding_dim out")),
+    Row("NativeRetrievalModel.from_pretrained", "a folder without a model", lambda w: type(w.model).from_pretrained("data"), ("no config.json", "the folder of a saved model")),
+    Row("from_backbone", "a tokenizer larger than the backbone", lambda w: from_backbone(tokenizer=larger(w.model.tokenizer))(w), ("tokens, the backbone embeds only", "give the backbone's own tokenizer")),
+    Row("from_backbone", "another width than the teacher's", lambda w: from_backbone(teacher=w.teacher, embedding_dim=48)(w), ("32 dimensions", "embedding_dim is 48", "leave embedding_dim out")),
     Row("NativeRetrievalConfig", "query_mode='psychic'", config(query_mode="psychic"), ("query_mode='psychic'", "choose one of")),
-    Row("NativeRetrievalConfig", "a probe without tokens", config(query_mode="probe"), ("query_mode='probe'", "set num_probe_tokens")),
     Row("NativeRetrievalConfig", "head_dim=30 for 4 heads", config(head_dim=30, head_num_attention_heads=4), ("head_dim=30", "a multiple of head_num_attention_heads=4")),
     Row("NativeRetrievalConfig", "a layer that is not there", config(hidden_state_layers=[1, 9]), ("[9]", "0..4")),
     Row("NativeRetrievalConfig", "head_dropout=1.0", config(head_dropout=1.0), ("head_dropout=1.0", "must lie in [0, 1)")),
@@ -315,27 +311,25 @@ ROWS = [
     train("--dev_data data data:test", "dev_data names data twice", "rename a folder"),
     train("--dev_data bad", "dev_data bad has no qrels/dev.tsv", "bad:SPLIT", files={"bad/corpus.jsonl": DOCUMENT, "bad/queries.jsonl": ASKED, "bad/qrels/test.tsv": "q1\td1\t1\n"}),
     train("--train_data data:test --dev_data data:test", "data:test has no query left", "6 are of conversations"),
-    train("--query_modes generated --query_mode generated --generated_data data data:train --train_data data:train --dev_data data:dev", "no query is written for any of it", "--eval_strategy no"),
+    train("--query_modes generated --query_mode generated --generated_data data data:train --train_data data:train --dev_data data:dev", "generated_data ['data']", "spell it as there"),
     train("--plain_text text.csv", "text.csv", "must end in .txt", files={"text.csv": "a"}),
-    train("--query_modes psychic", "'psychic'", "choose from context, generated, probe"),
-    train("--query_modes probe", "query_modes has probe", "num_probe_tokens"),
+    train("--query_modes psychic", "'psychic'", "context, generated"),
     train("--query_modes generated", "query_mode=context", "set query_mode"),
-    train("--query_modes context generated --generated_data logs", "generated_data ['logs']", "write it as it stands there"),
-    train("--max_prompt_tokens 4", "data, query ", "max_prompt_tokens=4"),
+    train("--query_modes context generated --generated_data logs", "generated_data ['logs']", "spell it as there"),
     train("--head_dim 30 --head_num_attention_heads 4", "head_dim=30", "a multiple of"),
     train("--hidden_state_layers 1 99", "[99]", "0..4"),
     train("--alignment_weight -1", "(-1.0, 1.0, 1.0)", "must not be negative"),
     train("--consistency_weight -1", "consistency_weight=-1.0", "must not be negative"),
     train("--eval_strategy never", "never is not a valid", "'epoch'"),
-    train("--augmentation_share 2", "augmentation_share=2.0", "0 to 1"),
-    train("--topic_shift_share -1", "topic_shift_share=-1.0", "0 to 1"),
-    train("--gold_share -1", "gold_share=-1.0", "0 to 1"),
-    train("--rank_top_k 0", "rank_top_k=0", "at least 2"),
-    train("--contrastive_temperature 0", "contrastive_temperature=0.0", "above 0"),
+    train("--augmentation_share 2", "augmentation_share is 2.0", "0 to 1"),
+    train("--topic_shift_share -1", "topic_shift_share is -1.0", "0 to 1"),
+    train("--gold_share -1", "gold_share is -1.0", "0 to 1"),
+    train("--rank_top_k 0", "rank_top_k is 0", "at least 2"),
+    train("--contrastive_temperature 0", "contrastive_temperature is 0.0", "above 0"),
     train("--output_dir notes.txt/model", "notes.txt is a file", "name another place", files={"notes.txt": "a"}),
     train("--cache_dir notes.txt", "notes.txt is a file", "name another place", files={"notes.txt": "a"}),
-    Row("train.py", "no backbone", command("train", "--teacher teacher", "command"), ("backbone is missing", "--backbone")),
-    Row("train.py", "a recipe that is not there", command("train", "nowhere.yaml", "command"), ("nowhere.yaml does not exist", "configs/demo.yaml")),
+    Row("train.py", "no backbone", script("train.py", "--teacher teacher"), ("backbone is missing", "--backbone")),
+    Row("train.py", "a recipe that is not there", script("train.py", "nowhere.yaml"), ("nowhere.yaml does not exist", "configs/demo.yaml")),
     recipe("not YAML", "a: [1", "bad.yaml is not YAML"),
     recipe("a list", "- backbone", "bad.yaml holds a list", "`field: value`"),
     recipe("not UTF-8", b"backbone: \xff", "bad.yaml is not YAML in UTF-8"),
@@ -426,10 +420,9 @@ ROWS = [
     data("load_corpus", "gzip data without .gz", {"corpus.jsonl": b"\x1f\x8b\x08"}, "corpus.jsonl: holds gzip data", "must end in .gz"),
     data("load_corpus", "an empty file", {"corpus.jsonl": ""}, "corpus.jsonl: empty file"),
     data("load_queries", "a query with a text", {"queries.jsonl": '{"_id": "q", "text": "Who?"}'}, "queries.jsonl:1: messages is missing", 'write its text as [{"role": "user"'),
-    data("load_queries", "an unknown role", {"queries.jsonl": ASKED.replace("user", "bot")}, "messages[0].role is 'bot'", "wanted one of system, user"),
+    data("load_queries", "an unknown role", {"queries.jsonl": ASKED.replace("user", "robot")}, "robot", "use one of system, developer"),
     data("load_queries", "half a turn number", {"queries.jsonl": ASKED.replace("}]}", '}], "metadata": {"turn": 1.5}}')}, "metadata.turn is 1.5", "wanted an integer"),
     data("load_qrels", "a split that is not there", {"qrels/dev.tsv": "q1\td1\t1\n"}, "qrels/test.tsv: no such split", "there is dev", words=("test",)),
-    data("load_qrels", "spaces between the columns", {"qrels/test.tsv": "q1 d1 1\n"}, "qrels/test.tsv:1: 1 columns", "wanted 3: query-id, corpus-id, score", words=("test",)),
     data("load_qrels", "half a score", {"qrels/test.tsv": "q1\td1\t0.5\n"}, "qrels/test.tsv:1: score '0.5' is not an integer", words=("test",)),
     data("load_task", "a judgement of an unknown document", {"corpus.jsonl": DOCUMENT, "queries.jsonl": ASKED, "qrels/test.tsv": "q1\td2\t1\n"}, "qrels/test.tsv:1: unknown document 'd2'", "no row of the corpus has this _id", words=("test",)),
     Row("load_texts", "a file of another kind", loads("load_texts", "bad.csv"), ("bad.csv", "must end in .txt"), files={"bad.csv": "a"}),

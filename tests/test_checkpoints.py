@@ -112,18 +112,20 @@ def test_checkpoints_that_are_half_removed_are_passed_over(tmp_path, monkeypatch
     assert last_whole_checkpoint(tmp_path) is None
 
 
-def test_whole_checkpoints_are_kept_on_request(tmp_path):
-    whole = checkpoint(tmp_path, 5)
-    checkpoint(tmp_path, 10, None)
-    remove_checkpoints(tmp_path, keep_whole=True)
-    assert checkpoints_of(tmp_path) == [whole]
-    remove_checkpoints(tmp_path)
-    assert checkpoints_of(tmp_path) == []
+def test_the_whole_checkpoints_of_a_training_that_goes_on_are_kept(tmp_path):
+    elsewhere, out = checkpoint(tmp_path / "other", 7), tmp_path / "out"
+    whole = checkpoint(out, 5)
+    checkpoint(out, 10, None)
+    remove_checkpoints(out, resumed=str(whole))
+    assert checkpoints_of(out) == [whole]
+    remove_checkpoints(out, resumed=str(elsewhere))
+    assert checkpoints_of(out) == [], "of another training: a later --resume would take them for its own"
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path):
-    with alone_in(tmp_path / "out"), pytest.raises(ValueError, match="another training") as error:
-        alone_in(tmp_path / "out")
+    first, second = alone_in(tmp_path / "out"), alone_in(tmp_path / "out")
+    with first, pytest.raises(ValueError, match="another training") as error, second:
+        pass
     assert_one_line(error)
     with alone_in(tmp_path / "out"):
         pass
