@@ -4,29 +4,45 @@ import ast
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from conftest import REPOSITORY
 
 SHIPPED = sorted(path.name for path in REPOSITORY.glob("*_native_retrieval.py"))
-ALLOWED = {"torch", "transformers", *(name.removesuffix(".py") for name in SHIPPED), *sys.stdlib_module_names}
-# Of the standard library, what could reach the disk, the network, the environment or another program.
-REACHING = {
-    "subprocess",
-    "socket",
-    "urllib",
-    "http",
-    "ftplib",
-    "shutil",
-    "tempfile",
-    "pickle",
-    "marshal",
-    "ctypes",
-    "importlib",
+# All that a stranger's machine imports for our model, beside the shipped files themselves.
+LIBRARIES = {
+    "torch",
+    "torch.nn.functional",
+    "transformers",
+    "transformers.utils",
+    "transformers.convert_slow_tokenizer",
 }
-BUILTINS = {"open", "exec", "eval", "compile", "__import__", "breakpoint", "input"}
-METHODS = {"system", "popen", "getenv", "write_text", "read_text", "unlink", "rmtree", "connect", "urlopen"}
+STANDARD = {
+    "bisect",
+    "collections.abc",
+    "contextlib",
+    "copy",
+    "dataclasses",
+    "itertools",
+    "json",
+    "os",
+    "pathlib",
+    "re",
+}
+STANDARD |= {"threading", "typing", "unicodedata"}
+# Of these, only what neither writes nor reaches out; `os` is there for the names of files.
+MEMBERS = {"os": {"path"}, "json": {"dumps", "loads"}}
+BUILTINS = {"open", "exec", "eval", "compile", "__import__", "breakpoint", "input", "globals", "vars"}
+METHODS = {"system", "popen", "getenv", "write_text", "write_bytes", "read_text", "mkdir", "rename", "rmdir", "rmtree"}
+METHODS |= {"unlink", "connect", "urlopen", "load_library", "hub"}
+# Private names of the libraries that are theirs to be overridden, as their documentation says.
+OVERRIDDEN = {"_auto_class", "_init_weights"}
+# Methods of Python's own classes, private in name only.
+PYTHONS = {"_replace"}
 
 
 def tree(path: Path) -> ast.Module:
@@ -34,41 +50,87 @@ def tree(path: Path) -> ast.Module:
 
 
 def imported(module: ast.Module) -> set[str]:
-    names = {
-        alias.name.split(".")[0] for node in ast.walk(module) if isinstance(node, ast.Import) for alias in node.names
-    }
-    froms = (node for node in ast.walk(module) if isinstance(node, ast.ImportFrom) and not node.level)
-    return names | {node.module.split(".")[0] for node in froms}
+    """Names of modules, as they are written."""
+    names = {alias.name for node in ast.walk(module) if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in ast.walk(module) if isinstance(node, ast.ImportFrom) and not node.level}
 
 
-def called(module: ast.Module) -> tuple[set[str], set[str]]:
-    """Names that are called, and names of methods."""
-    functions = [node.func for node in ast.walk(module) if isinstance(node, ast.Call)]
-    names = {function.id for function in functions if isinstance(function, ast.Name)}
-    return names, {function.attr for function in functions if isinstance(function, ast.Attribute)}
+def private(names: Iterator[str]) -> set[str]:
+    return {name for name in names if name.startswith("_") and not name.endswith("__") and name != "_"}
+
+
+def defined(module: ast.Module) -> set[str]:
+    """Names of functions, classes, variables and attributes that a file gives a value to."""
+    names = {node.name for node in ast.walk(module) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    stored = (node for node in ast.walk(module) if isinstance(getattr(node, "ctx", None), ast.Store))
+    return names | {node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "") for node in stored}
+
+
+def test_the_shipped_files_are_all_there():
+    """The scanner of transformers follows imports of one dot, of files beside each other."""
+    assert {name.split("_")[0] for name in SHIPPED} >= {"configuration", "head", "modeling", "processing"}
+    beside = {name.removesuffix(".py") for name in SHIPPED}
+    for name in SHIPPED:
+        relative = [
+            node for node in ast.walk(tree(REPOSITORY / name)) if isinstance(node, ast.ImportFrom) and node.level
+        ]
+        assert {node.module for node in relative} <= beside and {node.level for node in relative} <= {1}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_files_import_and_call_nothing_that_reaches_out(name):
     module = tree(REPOSITORY / name)
-    assert imported(module) <= ALLOWED
-    assert not imported(module) & REACHING
+    assert imported(module) <= LIBRARIES | STANDARD | {file.removesuffix(".py") for file in SHIPPED}
     for node in ast.walk(module):  # saving may replace files; loading and embedding may not
         if isinstance(node, ast.ClassDef):
             node.body = [part for part in node.body if getattr(part, "name", "") != "save_pretrained"]
-    names, methods = called(module)
-    assert not names & BUILTINS and not methods & METHODS
-    attributes = {node.attr for node in ast.walk(module) if isinstance(node, ast.Attribute)}
-    assert "environ" not in attributes
-    # Nothing runs at import but definitions, and the two lines that tell transformers of the classes.
+    functions = [node.func for node in ast.walk(module) if isinstance(node, ast.Call)]
+    assert not {function.id for function in functions if isinstance(function, ast.Name)} & BUILTINS
+    attributes = [node for node in ast.walk(module) if isinstance(node, ast.Attribute)]
+    assert not {node.attr for node in attributes} & METHODS
+    for owner, members in MEMBERS.items():
+        used = {node.attr for node in attributes if getattr(node.value, "id", None) == owner}
+        assert used <= members, (owner, used)
+    loads = [node for node in attributes if node.attr == "load" and getattr(node.value, "id", None) == "torch"]
+    assert not loads
+    # Nothing runs at import but definitions, and the lines that tell transformers of the classes.
     loose = [node for node in module.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
     assert {node.value.func.attr for node in loose} <= {"register_for_auto_class"}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_files_use_no_private_names_of_others(name):
+    """Such names change without notice, and a model on the Hub with them."""
+    module = tree(REPOSITORY / name)
+    ours = set().union(*(defined(tree(REPOSITORY / file)) for file in SHIPPED))
+    used = (node.attr if isinstance(node, ast.Attribute) else node.id for node in ast.walk(module)
+            if isinstance(node, ast.Attribute | ast.Name))  # fmt: skip
+    assert private(used) <= ours | PYTHONS
+    parts = (part for dotted in imported(module) for part in dotted.split("."))
+    names = (alias.name for node in ast.walk(module) if isinstance(node, ast.ImportFrom) for alias in node.names)
+    assert not private(parts) and not private(names)
+    keywords = (
+        keyword.arg or "" for node in ast.walk(module) if isinstance(node, ast.Call) for keyword in node.keywords
+    )
+    assert not private(keywords)
+    texts = {node.args[1].value for node in ast.walk(module) if isinstance(node, ast.Call)
+             and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr") and isinstance(node.args[1], ast.Constant)}  # fmt: skip
+    assert not private(iter(texts))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_files_override_no_private_names_by_accident(name):
+    theirs = (transformers.PreTrainedModel, transformers.GenerationMixin, transformers.ProcessorMixin, torch.nn.Module)
+    taken = set().union(*map(dir, (*theirs, transformers.PreTrainedConfig)))
+    module = tree(REPOSITORY / name)
+    inside = (part for node in ast.walk(module) if isinstance(node, ast.ClassDef) for part in ast.walk(node))
+    assert private(iter(defined(ast.Module(list(inside), [])))) & taken <= OVERRIDDEN
 
 
 def test_nothing_of_the_project_unpickles():
     for path in [*REPOSITORY.glob("*.py"), *(REPOSITORY / "native_retrieval").rglob("*.py")]:
         module = tree(path)
-        assert not imported(module) & {"pickle", "dill", "joblib", "cloudpickle"}, path
+        assert not {name.split(".")[0] for name in imported(module)} & {"pickle", "dill", "joblib", "cloudpickle"}, path
         for node in ast.walk(module):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 arguments = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
