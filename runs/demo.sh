@@ -27,7 +27,7 @@ step() { printf '\n[%d/7, %d:%02d] %s\n' $((number += 1)) $((SECONDS / 60)) $((S
 kept() { [ -e "$1" ] && echo "Kept: $1"; }
 # A command and its children are one group of processes, which goes when this script is told to stop.
 set -m
-run() { echo "\$ $*" && { "$@" & wait $!; }; }
+run() { printf '$%s\n' "$(printf ' %q' "$@")" && { "$@" & wait $!; }; }
 trap 'kill -- "-$!" 2> /dev/null; exit 130' INT TERM HUP
 trap '[ $? = 0 ] || echo "demo: stopped; \`$again\` goes on from here (to start again: rm -r $state)" >&2' EXIT
 
