@@ -350,8 +350,8 @@ def main(argv: list[str] | None = None) -> None:
     lists = (" ".join(rng.sample(alone, rng.randint(2, 4))) for _ in range(50_000))
     several = [text for text in lists if len(text.split()) <= 6]
     collection.add("names", [*rng.sample(alone, min(len(alone), 110_000)), *several], 150_000)
-    parts = [passages(row["said"], rng) for row in queries]
-    parts += [passages(said, rng) for _, said in split] + [passages(sentences(text), rng) for text in long]
+    parts = [row["said"] for row in queries] + [said for _, said in split] + [sentences(text) for text in long]
+    parts = [passages(part, rng) for part in parts for _ in range(4)]  # each cut in four ways
     collection.add("long", (text for part in rng.sample(parts, len(parts)) for text in part), 60_000)
     collection.write(arguments.output, rng)
 
