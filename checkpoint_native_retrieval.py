@@ -57,8 +57,8 @@ class ComposedModel(PreTrainedModel):
         model.processor = NativeRetrievalProcessor.from_pretrained(
             path, config=model.config, subfolder=subfolder, **hub
         )
-        read, wanted = len(model.processor.word_tokenizer), model.config.copy_vocab_size
-        if model.config.copy_num_heads and wanted not in (None, read):  # without one, transformers takes another
+        read, wanted = len(model.processor.word_tokenizer), model.config.word_vocab_size
+        if wanted not in (None, read):  # without one, transformers takes another
             raise OSError(f"{path}: word_tokenizer has {read} tokens, this head needs {wanted}; copy the folder again")
         if backbone is False:
             return loaded

@@ -33,15 +33,19 @@ class NativeRetrievalConfig(PreTrainedConfig):
         query_prompt (`str`): how the assistant's turn begins when the backbone writes a query.
         max_query_tokens (`int`, defaults to 32): longest written query, in tokens.
 
-    The head:
+    The word path of the head:
+        word_vocab_size (`int`, *optional*): size of the word tokenizer's vocabulary. None gives the paper's head, without it.
+        encoder_dim, encoder_num_layers, encoder_code_dim: width and depth of the word encoder, and of its word codes.
+        encoder_max_pieces (`int`, defaults to 256): longest text that it reads, in word pieces.
+        selection_heads (`list[list[int]]`): layer and number of each of the backbone's attention heads that choose words.
+        selection_head_dim, selection_qk_norm: their width, and whether queries and keys are normalised in them.
+
+    The projection head:
+        head_num_layers (`int`, defaults to 0): depth of its transformer encoder. 0: without a projection head.
+        head_dim, head_num_attention_heads, head_dropout: width, attention heads and dropout of this encoder.
         hidden_state_layers (`list[int]`, *optional*):
-            Layers that it reads (0 = embeddings). Default: five, the last at seven tenths of the depth.
-        head_dim, head_num_layers, head_num_attention_heads, head_dropout: transformer encoder of the projection head.
-        head_skip (`bool`, defaults to `True`): whether a linear path runs beside the encoder. The paper has none.
-        copy_num_heads (`int`, defaults to 8): attention heads of the copy path; 0 gives the paper's head, without it.
-        copy_head_dim (`int`, defaults to 64): width of their queries and keys.
-        copy_vocab_size (`int`, *optional*): size of the copy path's vocabulary. Default: the backbone's vocabulary.
-        copy_layer (`int`, *optional*): layer of the copy path's keys, one of `hidden_state_layers`. Default: the middle one.
+            Layers that the head reads (0 = embeddings). Default: those of `selection_heads`, and for a projection head
+            five more, the last at seven tenths of the depth.
     """
 
     model_type = "native_retrieval"
@@ -63,24 +67,28 @@ class NativeRetrievalConfig(PreTrainedConfig):
     query_prompt: str = "Search query:"
     max_query_tokens: int = 32
 
-    hidden_state_layers: list[int] | None = None
+    word_vocab_size: int | None = None
+    encoder_dim: int = 384
+    encoder_num_layers: int = 2
+    encoder_code_dim: int = 192
+    encoder_max_pieces: int = 256
+    selection_heads: list[list[int]] | None = None
+    selection_head_dim: int = 64
+    selection_qk_norm: bool = False
+
+    head_num_layers: int = 0
     head_dim: int = 384
-    head_num_layers: int = 1
     head_num_attention_heads: int = 8
     head_dropout: float = 0.1
-    head_skip: bool = True
-    copy_num_heads: int = 8
-    copy_head_dim: int = 64
-    copy_vocab_size: int | None = None
-    copy_layer: int | None = None
+    hidden_state_layers: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        self.selection_heads = sorted(map(list, self.selection_heads or ()))
         if self.hidden_state_layers is None:
-            shares = (0.1, 0.25, 0.4, 0.55, 0.7)
-            self.hidden_state_layers = sorted({round(self.num_hidden_layers * share) for share in shares})
-        if self.copy_layer is None and self.hidden_state_layers:
-            self.copy_layer = self.hidden_state_layers[len(self.hidden_state_layers) // 2]
+            shares = (0.1, 0.25, 0.4, 0.55, 0.7) if self.head_num_layers or not self.selection_heads else ()
+            layers = {round(self.num_hidden_layers * share) for share in shares}
+            self.hidden_state_layers = sorted(layers | {layer for layer, _ in self.selection_heads})
         self._check()
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,11 +108,18 @@ class NativeRetrievalConfig(PreTrainedConfig):
         depth, layers = self.num_hidden_layers, self.hidden_state_layers
         need(self.query_mode in QUERY_MODES, f"query_mode={self.query_mode!r} is unknown; choose one of {QUERY_MODES}")
         at_least_one = ("hidden_size", "num_hidden_layers", "vocab_size", "embedding_dim", "num_context_tokens")
-        at_least_one += ("max_query_tokens", "head_dim", "head_num_attention_heads", "copy_head_dim", "copy_vocab_size")
-        for name in (*at_least_one, "head_num_layers", "copy_num_heads"):
+        at_least_one += ("max_query_tokens", "head_dim", "head_num_attention_heads", "encoder_dim", "encoder_code_dim")
+        at_least_one += ("encoder_max_pieces", "selection_head_dim", "word_vocab_size")
+        for name in (*at_least_one, "head_num_layers", "encoder_num_layers"):
             value, least = getattr(self, name), int(name in at_least_one)
-            whole = isinstance(value, int) and value >= least or (value is None and name == "copy_vocab_size")
+            whole = isinstance(value, int) and value >= least or (value is None and name == "word_vocab_size")
             need(whole, f"{name}={value!r} must be a whole number, at least {least}")
+        reads = self.word_vocab_size is not None or self.head_num_layers > 0
+        need(reads, "word_vocab_size=None and head_num_layers=0 leave the head nothing to read; set one of them")
+        need(
+            self.encoder_dim % 32 == 0,
+            f"encoder_dim={self.encoder_dim} must be a multiple of 32, an attention head's width",
+        )
         need(0.0 <= self.head_dropout < 1.0, f"head_dropout={self.head_dropout} must lie in [0, 1)")
         need(
             self.head_dim % self.head_num_attention_heads == 0,
@@ -113,7 +128,8 @@ class NativeRetrievalConfig(PreTrainedConfig):
         need(len(layers) > 0, "hidden_state_layers is empty; name at least one layer")
         outside = [layer for layer in layers if not 0 <= layer <= depth]
         need(not outside, f"hidden_state_layers {outside} lie outside 0..{depth}, the backbone's depth")
-        need(self.copy_layer in layers, f"copy_layer={self.copy_layer} must be one of hidden_state_layers={layers}")
+        unread = [head for head in self.selection_heads if head[0] not in layers]
+        need(not unread, f"selection_heads {unread} are of layers that hidden_state_layers={layers} leaves out")
         need(
             self.store_backbone or bool(self.backbone_name_or_path),
             "store_backbone=False needs backbone_name_or_path, which says where the backbone is",

@@ -36,12 +36,17 @@ The methods:
     human-rewrite                  the teacher on a stand-alone question that a human wrote: the upper bound
     last-question                  the teacher on the last user message
     full-history                   the teacher on as many of the newest turns as its context takes
+    teacher-mean                   the unit mean of the teacher's vectors of these two
+    rank-fusion                    reciprocal rank fusion of these two
+    selected-words                 the teacher on the last question and the earlier words that extract_query adds
     generate-then-encode           the backbone writes a query, the teacher encodes it: the baseline, two models
     generate-then-encode+question  the same, with the last question appended
     bm25-last-question             BM25 on the last user message
     bm25-full-history              BM25 on the whole conversation
+    bm25-selected-words            BM25 on the last question and the earlier words that extract_query adds
     native-generated               the head on the hidden states of the query that the backbone writes: one model
     native-context                 the head on the hidden states of the prompt: one model, no query is written
+    hybrid                         rank fusion of native-context and bm25-selected-words
 
 Latency runs from the end of the prefill to the query vector (for BM25: scoring), one query at a time. The search in the
 index is the same for every vector and is not included.

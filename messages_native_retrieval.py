@@ -55,6 +55,19 @@ def as_conversations(queries: Any, tools: list | None = None) -> list[tuple[list
     return found
 
 
+def is_one(queries: Any) -> bool:
+    """Whether [`as_conversations`] takes this for one query, and not for a sequence of them."""
+    if isinstance(queries, (str, Mapping)) or (_is_message(queries) and not isinstance(queries, list)):
+        return True
+    return isinstance(queries, (list, tuple)) and bool(queries) and all(map(_is_message, queries))
+
+
+def last_question(messages: list[Message]) -> str:
+    """The text of the user's last turn that has any; without a user, of the last turn of all."""
+    said = [(m["role"], m["content"].strip()) for m in messages if has_text(m["content"])]
+    return next((text for role, text in reversed(said) if role == "user"), said[-1][1] if said else "")
+
+
 def _is_message(value: Any) -> bool:
     if isinstance(value, Mapping):
         return "messages" not in value

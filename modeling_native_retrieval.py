@@ -22,14 +22,14 @@ try:  # on the Hub these files form a package; in the repository they are plain 
     from .checkpoint_native_retrieval import ComposedModel
     from .configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
     from .head_native_retrieval import NativeRetrievalHead, Words
-    from .messages_native_retrieval import as_conversations
+    from .messages_native_retrieval import as_conversations, is_one, last_question
     from .processing_native_retrieval import NativeRetrievalProcessor
 except ImportError:
     from cache_native_retrieval import QueryCache, generation_settings, token_rows
     from checkpoint_native_retrieval import ComposedModel
     from configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
     from head_native_retrieval import NativeRetrievalHead, Words
-    from messages_native_retrieval import as_conversations
+    from messages_native_retrieval import as_conversations, is_one, last_question
     from processing_native_retrieval import NativeRetrievalProcessor
 
 logger = logging.get_logger(__name__)
@@ -41,7 +41,7 @@ NO_BACKBONE = "this model was loaded without its backbone; load it with one, or 
 class NativeRetrievalOutput(ModelOutput):
     """
     query_embeddings (`torch.FloatTensor` of shape `(batch, embedding_dim)`): L2-normalised, in the teacher's space.
-    attributions (`torch.FloatTensor` of shape `(batch, tokens)`, *optional*): each token's weight in the copy path.
+    attributions (`torch.FloatTensor` of shape `(batch, tokens)`, *optional*): each token's share in the vector.
     input_ids, attention_mask (`(batch, tokens)`): what the vectors were read from, padded on the left.
     past_key_values (`QueryCache`, *optional*): the prompts' cache, for `generate` and for the next turn.
     query_ids (`list[list[int]]`, *optional*): in `generated` mode, the query that was written.
@@ -149,13 +149,13 @@ class NativeRetrievalModel(ComposedModel, GenerationMixin):
                 query, or by default each prompt's last `num_context_tokens`.
             hidden_states (`(batch, tokens, layers, hidden_size)`, *optional*): the backbone's, at `query_head.layers`, if
                 they are known; the backbone is then not run.
-            words ([`Words`], *optional*): what the copy path reads, if it is known. Without `input_ids`: plain texts,
+            words ([`Words`], *optional*): the words of the prompts, if they are known. Without `input_ids`: plain texts,
                 whose vectors come from these words alone.
 
         Raises:
             `ValueError`: for shapes that do not fit, or without a backbone for what needs one.
         """
-        device = self.query_head.projection.linear_in.weight.device
+        device = next(self.query_head.parameters()).device
         if input_ids is None and words is None:
             raise ValueError("there is nothing to embed; give input_ids, or words alone")
         if input_ids is None:
@@ -169,7 +169,7 @@ class NativeRetrievalModel(ComposedModel, GenerationMixin):
                 f"hidden_states cover {tuple(hidden_states.shape[:2])} (batch, tokens), input_ids {tuple(input_ids.shape)}; "
                 "give both for the same tokens"
             )
-        if words is None and self.query_head.copy_path is not None:
+        if words is None and self.query_head.encoder is not None:
             words = self.processor.read_words(input_ids, attention_mask)
         vectors, attributions = self.query_head(
             hidden_states.to(device),
@@ -246,7 +246,7 @@ class NativeRetrievalModel(ComposedModel, GenerationMixin):
             readout_mask = cache.attention_mask.bool().clone()
             readout_mask[:, : prompt + len(self._query_prompt())] = False
         words = None
-        if self.query_head.copy_path is not None:
+        if self.query_head.encoder is not None:
             words = self.processor.read_words(cache.input_ids, cache.attention_mask, cache.words)
         output = self(cache.input_ids, cache.attention_mask, readout_mask, cache.hidden_states, words)
         output.query_ids = queries
@@ -365,7 +365,7 @@ class NativeRetrievalModel(ComposedModel, GenerationMixin):
             past_key_values (`QueryCache`, *optional*): from an earlier call with `return_cache=True`: what it and these
                 prompts begin with does not pass again.
             return_cache (`bool`): also return the prompts' cache, token ids and mask, for `generate` and the next turn.
-            return_attributions (`bool`): also return each token's weight in the copy path.
+            return_attributions (`bool`): also return each token's share in the vector.
 
         Returns:
             `torch.FloatTensor` of shape `(queries, embedding_dim)`, L2-normalised, on the CPU; or, with a cache or
@@ -398,6 +398,46 @@ class NativeRetrievalModel(ComposedModel, GenerationMixin):
         output.input_ids, output.attention_mask = cache.input_ids, cache.attention_mask
         output.past_key_values = cache if return_cache else None
         return output
+
+    def extract_query(
+        self, queries: Any, *, tools: list | None = None, num_words: int = 6, **template_kwargs
+    ) -> str | list[str]:
+        """
+        The last question and the earlier words that it needs, as text: for BM25, hybrid search, a search API, or an
+        embedding model that no head was trained for. Nothing is generated.
+
+        Args:
+            queries, tools, template_kwargs: as of [`embed_query`].
+            num_words (`int`, defaults to 6): how many words of earlier turns are added at most.
+
+        Returns:
+            `str` for one query, `list[str]` for several.
+
+        Raises:
+            `ValueError`: for malformed input, or a model whose head selects no words.
+        """
+        pairs, texts = as_conversations(queries, tools), []
+        for messages, own in pairs:
+            prompt = self.processor.encode(messages, tools=own, **template_kwargs)
+            texts += self.extract_prefilled(
+                self.prefill(*self.processor.pad([prompt]), use_cache=False), [messages], num_words
+            )
+        return texts[0] if is_one(queries) else texts
+
+    @torch.no_grad()
+    def extract_prefilled(self, cache: QueryCache, conversations: list[list[dict]], num_words: int = 6) -> list[str]:
+        """The same of conversations whose prompts have been prefilled; their cache stays as it is."""
+        head = self.query_head
+        if head.selection is None:
+            raise ValueError("this head selects no words (word_vocab_size=None); use a model with a word encoder")
+        words = self.processor.read_words(cache.input_ids, cache.attention_mask, cache.words)
+        device = next(head.parameters()).device
+        scores = head.selection(cache.hidden_states.to(device), cache.attention_mask.to(device), words.to(device))
+        selected = head.select(words, scores, num_words)
+        return [
+            " ".join((last_question(messages), *self.processor.spell(words, row, places, messages)))
+            for row, (messages, places) in enumerate(zip(conversations, selected, strict=True))
+        ]
 
     def embed_prompts(
         self, prompts: list[list[int]], *, mode: str | None = None, batch_size: int | None = None

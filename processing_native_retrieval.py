@@ -52,6 +52,138 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 
+# English words that no search needs, with the parts of contractions.
+FUNCTION_WORDS = frozenset(
+    [
+        "a",
+        "about",
+        "after",
+        "all",
+        "also",
+        "am",
+        "an",
+        "and",
+        "any",
+        "are",
+        "aren",
+        "as",
+        "at",
+        "be",
+        "been",
+        "before",
+        "being",
+        "but",
+        "by",
+        "can",
+        "cannot",
+        "could",
+        "couldn",
+        "d",
+        "did",
+        "didn",
+        "do",
+        "does",
+        "doesn",
+        "doing",
+        "don",
+        "for",
+        "from",
+        "had",
+        "hadn",
+        "has",
+        "hasn",
+        "have",
+        "haven",
+        "having",
+        "he",
+        "her",
+        "here",
+        "hers",
+        "him",
+        "his",
+        "how",
+        "i",
+        "if",
+        "in",
+        "into",
+        "is",
+        "isn",
+        "it",
+        "its",
+        "just",
+        "ll",
+        "m",
+        "may",
+        "me",
+        "might",
+        "more",
+        "most",
+        "must",
+        "mustn",
+        "my",
+        "no",
+        "nor",
+        "not",
+        "of",
+        "on",
+        "only",
+        "or",
+        "other",
+        "our",
+        "ours",
+        "over",
+        "re",
+        "s",
+        "shall",
+        "she",
+        "should",
+        "shouldn",
+        "so",
+        "some",
+        "such",
+        "t",
+        "than",
+        "that",
+        "the",
+        "their",
+        "theirs",
+        "them",
+        "then",
+        "there",
+        "these",
+        "they",
+        "this",
+        "those",
+        "to",
+        "too",
+        "us",
+        "ve",
+        "very",
+        "was",
+        "wasn",
+        "we",
+        "were",
+        "weren",
+        "what",
+        "when",
+        "where",
+        "which",
+        "who",
+        "whom",
+        "whose",
+        "why",
+        "will",
+        "with",
+        "won",
+        "would",
+        "wouldn",
+        "yes",
+        "you",
+        "your",
+        "yours",
+    ]
+)
+
 # A fast tokenizer keeps "special tokens are text" and "truncate" as settings of one shared object.
 _TOKENIZER_LOCK = threading.Lock()
 
@@ -237,6 +369,7 @@ class NativeRetrievalProcessor(ProcessorMixin):
         behind = tool[len(user) :] if user and tool[: len(user)] == user else []
         if user == openings["assistant"]:
             user = []  # nothing tells a user's turn
+        self._headers = sorted({tuple(opening) for opening in openings.values() if opening}, key=len, reverse=True)
         return sorted({opening[0] for opening in openings.values() if opening}), user, behind
 
     def pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,9 +405,19 @@ class NativeRetrievalProcessor(ProcessorMixin):
         copied = real & ~special & ~(real & (real.cumsum(1) == 1))
         before, turns, read = known or {}, {}, []
         for row, keep, there in zip(input_ids, copied, real, strict=True):
-            ids, ends = [], [torch.empty(0, dtype=torch.long)]
+            ids, ends, keys = [], [torch.empty(0, dtype=torch.long)], []
             where = there.nonzero().flatten()
             row, keep = row[where].tolist(), keep[where]
+            headers = [
+                (start, header)
+                for start in (place for place, token in enumerate(row) if token in self._openers)
+                for header in self._headers
+                if tuple(row[start : start + len(header)]) == header
+            ]
+            for start, header in headers:
+                keep[start : start + len(header)] = False
+            if headers:  # what comes before the first of them are instructions and tools
+                keep[: headers[0][0]] = False
             changes = (keep[1:] != keep[:-1]).nonzero().flatten() + 1
             keep = keep.tolist()
             for start, end in pairwise([0, *changes.tolist(), len(row)]):
@@ -284,17 +427,36 @@ class NativeRetrievalProcessor(ProcessorMixin):
                         turns[turn] = before.get(turn) or self._read(turn)
                     ids += turns[turn][0]
                     ends.append(start + turns[turn][1])
-            read.append((ids, where[torch.cat(ends)]))
+                    keys += turns[turn][2]
+            number = {key: i for i, key in enumerate(dict.fromkeys(filter(None, keys)), start=1)}
+            read.append((ids, where[torch.cat(ends)], [number.get(key, 0) for key in keys]))
         if known is not None:
             known.clear()
             known.update(turns)
-        shape = len(read), max([1, *(len(ids) for ids, _ in read)])
-        words, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+        shape = len(read), max([1, *(len(ids) for ids, _, _ in read)])
+        words, groups, mask = torch.zeros(2, *shape, dtype=torch.long).unbind() + (
+            torch.zeros(shape, dtype=torch.bool),
+        )
         positions = torch.full(shape, input_ids.shape[1] - 1)
-        for row, (ids, where) in enumerate(read):
+        for row, (ids, where, numbers) in enumerate(read):
             words[row, : len(ids)], positions[row, : len(ids)] = torch.tensor(ids, dtype=torch.long), where
+            groups[row, : len(ids)] = torch.tensor(numbers, dtype=torch.long)
             mask[row, : len(ids)] = True
-        return Words(words, positions, mask, turn_ids.gather(1, positions))
+        return Words(words, positions, mask, turn_ids.gather(1, positions), groups)
+
+    def spell(self, words: Words, row: int, places: list[int], messages: list[dict]) -> list[str]:
+        """The words at these places of a prompt, spelt as they are in its messages."""
+        said, spelt, group = "\n".join(strings([m["content"] for m in messages])), [], None
+        for place in places:
+            if words.groups[row, place] != group:
+                spelt.append([])
+            group = words.groups[row, place]
+            spelt[-1].append(words.ids[row, place])
+        for i, ids in enumerate(spelt):
+            text = self.word_tokenizer.decode(torch.stack(ids)).strip()
+            found = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", said, re.IGNORECASE)
+            spelt[i] = found.group() if found else text
+        return spelt
 
     def _turn_ids(self, input_ids: torch.LongTensor, real: torch.BoolTensor) -> torch.LongTensor:
         """1 for the user's last turn, more for the turns before it, 0 for what follows: `(batch, tokens)`."""
@@ -313,12 +475,12 @@ class NativeRetrievalProcessor(ProcessorMixin):
         numbered = since - since.gather(1, order.gather(1, last)) + 1
         return torch.where(found.any(1, keepdim=True), numbered.clamp(min=0), since)
 
-    def _read(self, tokens: tuple[int, ...]) -> tuple[list[int], torch.Tensor]:
-        """A turn's tokens to ids in the copy path's vocabulary, and for each the place of the token in which it ends."""
+    def _read(self, tokens: tuple[int, ...]) -> tuple[list[int], torch.Tensor, list[str]]:
+        """A turn's tokens to word pieces, and for each the place of the token in which it ends, and its word's key."""
         pieces = [self._pieces[i] if i < len(self._pieces) else b"" for i in tokens]
         text = b"".join(pieces).decode("utf-8", "surrogateescape")
         if not text.strip():  # a line end between two turns
-            return [], torch.empty(0, dtype=torch.long)
+            return [], torch.empty(0, dtype=torch.long), []
         # What is no character stays one place: a cut one, at an end of the text.
         readable = text if text.isascii() else re.sub("[\udc80-\udcff]", "\ufffd", text)
         encoding = self.word_tokenizer.backend_tokenizer.encode(readable, add_special_tokens=False)
@@ -329,7 +491,31 @@ class NativeRetrievalProcessor(ProcessorMixin):
             widths[(characters >= 0xDC80) & (characters <= 0xDCFF)] = 1
             ends = widths.cumsum(0)[(ends - 1).clamp(min=0)]
         places = torch.searchsorted(torch.tensor([len(piece) for piece in pieces]).cumsum(0), ends)
-        return encoding.ids, places.clamp(max=len(tokens) - 1)
+        keys = _piece_keys(readable, encoding)
+        return encoding.ids, places.clamp(max=len(tokens) - 1), keys
+
+
+def _piece_keys(text: str, encoding) -> list[str]:
+    """For each piece its word, in lower case and without the ending of a plural; "" if no search needs it."""
+    spans: dict[int, tuple[int, int]] = {}
+    for number, (start, end) in zip(encoding.word_ids, encoding.offsets, strict=True):
+        spans[number] = (min(start, spans.get(number, (start, end))[0]), end)
+    keys = {number: _stem(text[start:end].strip().lower()) for number, (start, end) in spans.items()}
+    return [keys[number] for number in encoding.word_ids]
+
+
+def word_keys(text: str) -> list[str]:
+    """The words of a text as [`Words`] groups them."""
+    return [_stem(word) for word in re.findall(r"\w+", text.lower())]
+
+
+def _stem(word: str) -> str:
+    if word in FUNCTION_WORDS or len(word) < 2 or not any(map(str.isalnum, word)):
+        return ""
+    if word.endswith("ies") and len(word) > 5:
+        return word[:-3] + "y"
+    ending = next((ending for ending in ("es", "s") if word.endswith(ending) and len(word) > len(ending) + 2), "")
+    return word.removesuffix(ending)
 
 
 def _any_of(tokens: list[str | None]) -> re.Pattern:

@@ -20,7 +20,8 @@ The recipe is a YAML file. Every field in it can be set on the command line too,
     accelerate launch --num_processes 8 train.py configs/paper.yaml --train_data my_logs --dev_data my_logs:dev \
         --push_to_hub --hub_model_id me/my-model
 
-Two stages: lexical pre-training of the copy path on plain text, then training on conversations. What is costly (teacher
+Three stages: the backbone's attention heads that choose words are found on rewrites, the word encoder learns from plain
+text, and both from conversations. What is costly (teacher
 vectors, written queries, hidden states) is computed once and kept in `--cache_dir`. The trained model is in `--output_dir`:
 weights, code, tokenizers, model card. Judge it with `eval.py`.
 """
@@ -42,7 +43,7 @@ from transformers.utils import logging
 from native_retrieval import checkpoints
 from native_retrieval.arguments import lexical_arguments, parse
 from native_retrieval.cli import one_line_errors
-from native_retrieval.dataset import build_examples, build_texts
+from native_retrieval.dataset import QuerySet, build_examples, build_texts
 from native_retrieval.initialise import from_backbone
 from native_retrieval.preflight import check, check_backbone, check_batch, check_push
 from native_retrieval.teacher import Teacher
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
         check_backbone(model_args)
         data = load_data(data_args)
         sets, texts = training_sets(data, data_args), [*data.texts, *data.questions]
-        if checkpoint or not model_args.copy_num_heads or not data_args.lexical_epochs:
+        if checkpoint or not model_args.read_words or not data_args.lexical_epochs:
             texts = []  # no lexical pre-training
         check_batch(args, sum(len(queries) * queries.passes for queries in sets))
         lexical_args = lexical_arguments(args, data_args)
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
             print("One thread only: start with `accelerate launch --cpu --num_processes 1`, or set OMP_NUM_THREADS")
         teacher = Teacher(model_args.teacher, model_args.teacher_revision, cache_dir=data_args.cache_dir)
         set_seed(args.seed)  # the Trainer does it too, but the head is initialised before
-        model = new_model(model_args, teacher).to(args.device)
+        model = new_model(model_args, teacher, data.train).to(args.device)
         # All that runs the backbone comes before training, which may shard its weights.
         examples = build_training_examples(model, teacher, sets, data_args, bool(args.consistency_weight))
         dev = {
@@ -92,16 +93,15 @@ def main(argv: list[str]) -> None:
 
         if texts:
             words = build_texts(model.processor, teacher, texts, "plain texts", data_args.augmentation_share)
-            print(f"Lexical pre-training on {len(words)} plain texts", flush=True)
-            train_only(model, model.query_head.copy_path.token_values, model.query_head.copy_path.token_salience)
-            NativeRetrievalTrainer(model, lexical_args, words, stage="Lexical pre-training").train()
+            print(f"The word encoder learns from {len(words)} plain texts", flush=True)
+            train_only(model, model.query_head.encoder)
+            NativeRetrievalTrainer(model, lexical_args, words, stage="Word encoder").train()
 
         print(f"Training on {len(examples)} examples: conversations, and some plain text", flush=True)
-        train_only(model, model.query_head.projection, model.query_head.copy_path)
+        train_only(model, model.query_head.projection, model.query_head.encoder)
         info = training_info(argv, model_args, data_args, args, data)
         trainer = NativeRetrievalTrainer(model, args, examples, dev or None, info, "Conversations", started)
         trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.set_repulsion_threshold(data_args.query_repulsion_threshold)
         if dev:
             trainer.log_metrics("dev", trainer.evaluate())
 
@@ -116,16 +116,17 @@ def main(argv: list[str]) -> None:
             trainer.push_to_hub()
 
 
-def new_model(model_args, teacher: Teacher):
-    """An untrained model, whose copy path starts from the teacher's vectors of the vocabulary."""
+def new_model(model_args, teacher: Teacher, train: list[QuerySet]):
+    """An untrained model, whose words are chosen as in the rewrites of these data sets."""
     vocabulary = SimpleNamespace(
         encode=lambda words: np.array(teacher.cached(words, "query", "Teacher: vocabulary", half_precision=True)),
-        tokenizer=teacher.tokenizer,
+        transformer=teacher.transformer,
     )
     return from_backbone(
         model_args.backbone,
         vocabulary,
         max_prompt_tokens=model_args.max_prompt_tokens,
+        rewrites=[(queries.name, queries.rows) for queries in train],
         teacher_name_or_path=model_args.teacher,
         teacher_fingerprint=teacher.fingerprint,
         **model_args.config_fields,

@@ -1,5 +1,6 @@
 """The arguments of train.py: model, data, this run, and training. From a YAML file and the command line, which wins."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -25,20 +26,42 @@ class ModelArguments:
     num_context_tokens: int = field(default=16, metadata={"help": "Last tokens of the prompt that the head reads."})
     max_query_tokens: int = field(default=32, metadata={"help": "Longest written query, in tokens."})
     max_prompt_tokens: int | None = field(default=1024, metadata={"help": "Longest prompt; older turns are dropped."})
-    hidden_state_layers: list[int] | None = field(default=None, metadata={"help": "Layers read (default: five)."})
-    head_dim: int = field(default=384, metadata={"help": "Width of the head's transformer encoder."})
-    head_num_layers: int = field(default=1, metadata={"help": "Its layers."})
+    read_words: bool = field(
+        default=True, metadata={"help": "The head reads the conversation's words; false gives the paper's head."}
+    )
+    selection_heads: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Attention heads of the backbone that choose earlier words, as LAYER.HEAD, counted from 0 (default: the "
+            "best 8 on the rewrites of train_data)."
+        },
+    )
+    encoder_dim: int = field(default=384, metadata={"help": "Width of the word encoder."})
+    encoder_num_layers: int = field(default=2, metadata={"help": "Its layers."})
+    encoder_code_dim: int = field(default=192, metadata={"help": "Numbers that stand for a piece of a word in it."})
+    head_num_layers: int = field(default=0, metadata={"help": "Layers of the projection head; 0: none."})
+    head_dim: int = field(default=384, metadata={"help": "Its width."})
     head_num_attention_heads: int = field(default=8, metadata={"help": "Its attention heads."})
-    head_dropout: float = field(default=0.1, metadata={"help": "Dropout in the head."})
-    head_skip: bool = field(default=True, metadata={"help": "A linear path beside the encoder; the paper has none."})
-    copy_num_heads: int = field(default=8, metadata={"help": "Heads of the copy path; 0 is the paper's head."})
-    copy_layer: int | None = field(default=None, metadata={"help": "Layer of the copy path's keys."})
+    head_dropout: float = field(default=0.1, metadata={"help": "Its dropout."})
+    hidden_state_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers that the head reads (default: those that it needs)."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.read_words and not self.head_num_layers:
+            raise ValueError("read_words is false and head_num_layers 0: the head would read nothing; change one")
+        for head in self.selection_heads or ():
+            if not re.fullmatch(r"\d+\.\d+", str(head)):
+                raise ValueError(f"selection_heads has {head!r}, wanted LAYER.HEAD, such as 21.5")
 
     @property
     def config_fields(self) -> dict:
         """Fields of `NativeRetrievalConfig`."""
-        others = ("backbone", "teacher", "max_prompt_tokens")
-        return {name: value for name, value in vars(self).items() if name not in others and value is not None}
+        others = ("backbone", "teacher", "max_prompt_tokens", "read_words", "selection_heads")
+        given = {name: value for name, value in vars(self).items() if name not in others and value is not None}
+        if self.selection_heads:
+            given["selection_heads"] = [list(map(int, str(head).split("."))) for head in self.selection_heads]
+        return given if self.read_words else given | {"word_vocab_size": None}
 
 
 @dataclass
@@ -72,9 +95,9 @@ class DataArguments:
         default=True, metadata={"help": "User turns and rewrites of train_data are plain texts too."}
     )
     lexical_epochs: int = field(
-        default=5, metadata={"help": "Lexical pre-training: passes over the plain texts (0: none)."}
+        default=2, metadata={"help": "Training of the word encoder: passes over the plain texts (0: none)."}
     )
-    lexical_learning_rate: float = field(default=3e-3, metadata={"help": "Its peak learning rate."})
+    lexical_learning_rate: float = field(default=5e-4, metadata={"help": "Its peak learning rate."})
     lexical_batch_size: int = field(default=512, metadata={"help": "Its texts in a step, for each device."})
     plain_text_share: float = field(
         default=0.25, metadata={"help": "Plain texts among the conversations, as a share of these."}
@@ -97,17 +120,6 @@ class DataArguments:
         default=0.5, metadata={"help": "How far the target of a query without a rewrite moves to its document, 0 to 1."}
     )
     rewrite_gold_share: float = field(default=0.2, metadata={"help": "The same of a query with a rewrite."})
-    target_repulsion_threshold: float = field(
-        default=0.45,
-        metadata={"help": "Targets are turned away from earlier answers whose cosine is above this (1: never)."},
-    )
-    query_repulsion_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "The same of the query vector and earlier turns, after training (default: the best of a few on "
-            "dev). Higher finds more; lower ranks it nearer to the top."
-        },
-    )
     rank_top_k: int = field(default=128, metadata={"help": "Documents of the teacher's ranking to distil."})
     num_hard_negatives: int = field(default=0, metadata={"help": "Hard negatives of a query, from that ranking."})
     max_train_queries: int | None = field(default=None, metadata={"help": "Only the first queries of each data set."})
@@ -121,9 +133,6 @@ class DataArguments:
     def __post_init__(self) -> None:
         for name in ("augmentation_share", "topic_shift_share", "gold_share", "rewrite_gold_share"):
             _need(self, name, lambda value: 0 <= value <= 1, "0 to 1")
-        _need(self, "target_repulsion_threshold", lambda value: 0 <= value <= 1, "a cosine, 0 to 1")
-        if self.query_repulsion_threshold is not None:
-            _need(self, "query_repulsion_threshold", lambda value: -1 <= value <= 1, "a cosine, -1 to 1")
         for name in ("plain_text_share", "num_plain_texts", "lexical_epochs", "num_hard_negatives"):
             _need(self, name, lambda value: value >= 0, "0 or more")
         _need(self, "lexical_batch_size", lambda value: value >= 1, "at least 1")
@@ -177,8 +186,8 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Where checkpoints and the trained model go (default: trainer_output)."}
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the head."})
-    token_learning_rate: float | None = field(
-        default=None, metadata={"help": "That of the copy path's token values and salience (default: a tenth of it)."}
+    code_learning_rate: float | None = field(
+        default=None, metadata={"help": "That of the word codes (default: the same)."}
     )
     per_device_train_batch_size: int = field(
         default=64, metadata={"help": "Queries in a step, for each device; also the in-batch negatives."}
@@ -269,7 +278,7 @@ def lexical_arguments(
         push_to_hub=False,
         num_train_epochs=data.lexical_epochs,
         learning_rate=data.lexical_learning_rate,
-        token_learning_rate=data.lexical_learning_rate,
+        code_learning_rate=4 * data.lexical_learning_rate,
         per_device_train_batch_size=data.lexical_batch_size,
         gradient_accumulation_steps=1,
         rank_weight=0.0,

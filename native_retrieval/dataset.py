@@ -15,7 +15,6 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .arguments import DataArguments
 from .augmentation import Conversation, with_typos
-from .conversations import earlier_answers
 from .features import FeatureStore, cached_queries
 from .targets import make_targets
 from .teacher import Teacher
@@ -251,7 +250,7 @@ def build_examples(
     """
     if queries.plain:
         queries = _that_fit(queries, model.processor)
-    prompts, answers = _read(queries, model.processor)
+    prompts = _read(queries, model.processor)
     num_read, written = [model.config.num_context_tokens] * len(prompts), None
     if queries.mode == "generated":
         query_ids = cached_queries(model, prompts, arguments.cache_dir)
@@ -259,9 +258,7 @@ def build_examples(
         prompts = [[*prompt, *start, *query] for prompt, query in zip(prompts, query_ids, strict=True)]
         num_read = [max(1, len(query)) for query in query_ids]
         written = [model.tokenizer.decode(query).strip() for query in query_ids]
-    targets = make_targets(
-        teacher, queries.rows, queries.corpus, arguments, name=queries.name, written=written, answers=answers
-    )
+    targets = make_targets(teacher, queries.rows, queries.corpus, arguments, name=queries.name, written=written)
     examples = RetrievalExamples(
         prompts,
         num_read,
@@ -286,9 +283,9 @@ def build_examples(
     return examples
 
 
-def _read(queries: QuerySet, processor) -> tuple[list[list[int]], list[list[str]]]:
-    """Prompts of what the model reads, and the earlier answers in it."""
-    rows, prompts, answers = queries.rows, [], []
+def _read(queries: QuerySet, processor) -> list[list[int]]:
+    """Prompts of what the model reads."""
+    rows, prompts = queries.rows, []
     tools = rows["tools"] if "tools" in rows.column_names else [None] * len(rows)
     conversations = rows["messages"] if queries.changed is None else queries.changed
     for query, messages, own_tools in zip(queries.ids, conversations, tools, strict=True):
@@ -296,8 +293,7 @@ def _read(queries: QuerySet, processor) -> tuple[list[list[int]], list[list[str]
             prompts.append(processor.encode(messages, tools=own_tools))
         except ValueError as error:
             raise ValueError(f"{queries.name}, query {query}: {error}") from error
-        answers.append(earlier_answers(messages))
-    return prompts, answers
+    return prompts
 
 
 def _that_fit(queries: QuerySet, processor) -> QuerySet:

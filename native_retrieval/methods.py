@@ -92,6 +92,49 @@ class FullHistory(TeacherOnText):
         ]
 
 
+class TeacherMean(Method):
+    """The unit mean of the teacher's vectors of the last question and of the full history: the strongest untrained row."""
+
+    def _parts(self) -> list[TeacherOnText]:
+        return [self.comparison.method("last-question"), self.comparison.method("full-history")]
+
+    def vectors(self) -> np.ndarray:
+        return unit(sum(part.vectors() for part in self._parts()))
+
+    def query(self, i: int, cache: None = None) -> np.ndarray:
+        return unit(self.comparison.teacher.encode([part.texts[i] for part in self._parts()]).sum(0))
+
+
+class RankFusion(Method):
+    """Reciprocal rank fusion (Cormack et al. 2009) of two other methods' documents."""
+
+    parts = ("last-question", "full-history")
+
+    def _parts(self) -> list[Method]:
+        return [self.comparison.method(name) for name in self.parts]
+
+    def run(self) -> "Run":
+        return fused([part.run() for part in self._parts()])
+
+    def query(self, i: int, cache: "QueryCache | None" = None) -> list[np.ndarray]:
+        return [part.query(i, cache) for part in self._parts()]
+
+
+class SelectedWords(TeacherOnText):
+    """The teacher on the last question and the earlier words that `model.extract_query` adds to it; nothing is generated."""
+
+    reads_prompt = True
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return self.comparison.extracted
+
+    def query(self, i: int, cache: "QueryCache") -> np.ndarray:
+        return self.comparison.teacher.encode(
+            self.comparison.model.extract_prefilled(cache, [self.comparison.messages[i]])
+        )[0]
+
+
 class GenerateThenEncode(TeacherOnText):
     """Two models: the backbone writes a query after the prefill, token by token, and the teacher encodes it."""
 
@@ -156,6 +199,21 @@ class BM25FullHistory(BM25):
         return ["\n".join(turns(messages)) for messages in self.comparison.messages]
 
 
+class BM25SelectedWords(BM25):
+    """BM25 on what `model.extract_query` gives."""
+
+    reads_prompt = True
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return self.comparison.extracted
+
+    def query(self, i: int, cache: "QueryCache | None" = None) -> np.ndarray:
+        if cache is not None:  # timed
+            self.comparison.model.extract_prefilled(cache, [self.comparison.messages[i]])
+        return super().query(i)
+
+
 class NativeGenerated(Method):
     """One model, as in the paper: the head reads the hidden states of the query that the backbone writes."""
 
@@ -185,18 +243,49 @@ class NativeContext(NativeGenerated):
         return vectors
 
 
+class Hybrid(RankFusion):
+    """Rank fusion of `native-context` and `bm25-selected-words`: one pass of the model gives both queries."""
+
+    reads_prompt = True
+    parts = ("native-context", "bm25-selected-words")
+
+
 METHOD_CLASSES = {
     "human-rewrite": HumanRewrite,
     "last-question": LastQuestion,
     "full-history": FullHistory,
+    "teacher-mean": TeacherMean,
+    "rank-fusion": RankFusion,
+    "selected-words": SelectedWords,
     "generate-then-encode": GenerateThenEncode,
     "generate-then-encode+question": GenerateThenEncodeWithQuestion,
     "bm25-last-question": BM25LastQuestion,
     "bm25-full-history": BM25FullHistory,
+    "bm25-selected-words": BM25SelectedWords,
     "native-generated": NativeGenerated,
     "native-context": NativeContext,
+    "hybrid": Hybrid,
 }
 METHODS = tuple(METHOD_CLASSES)
+
+
+RANK_OFFSET = 60  # of rank fusion, as in its paper
+
+
+def fused(runs: Sequence["Run"]) -> "Run":
+    """Every document scored by the sum of 1 / (60 + its rank) over the runs that have it."""
+    scores: Run = {}
+    for run in runs:
+        for query, documents in run.items():
+            best = sorted(documents, key=documents.get, reverse=True)
+            own = scores.setdefault(query, {})
+            for rank, document in enumerate(best, start=1):
+                own[document] = own.get(document, 0.0) + 1 / (RANK_OFFSET + rank)
+    return scores
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 class Written(NamedTuple):
@@ -246,6 +335,13 @@ class Comparison:
         self.prompts = self._build_prompts()  # first: it checks the conversations
         self.last_questions = [last_question(messages) for messages in self.messages]
         self.methods = {name: METHOD_CLASSES[name](name, self) for name in methods}
+        self._parts: dict[str, Method] = {}
+
+    def method(self, name: str) -> Method:
+        """One of the methods, compared or not: some are made of others."""
+        if name not in self._parts:
+            self._parts[name] = self.methods.get(name) or METHOD_CLASSES[name](name, self)
+        return self._parts[name]
 
     def runs(self) -> dict[str, "Run"]:
         """`{method: {query_id: {doc_id: score}}}`, with the best 1,000 documents of each query."""
@@ -308,6 +404,19 @@ class Comparison:
                     queries[i] = self.read_query(i, tokens)
                 bar.update(len(rows))
         return Written(queries, vectors)
+
+    @cached_property
+    def extracted(self) -> list[str]:
+        """What `model.extract_query` gives, in batches."""
+        texts = [""] * len(self.prompts)
+        with tqdm(total=len(self.prompts), desc="The backbone selects words", unit="query") as bar:
+            for rows in self.batches():
+                cache = self.model.prefill(*self.model.processor.pad([self.prompts[i] for i in rows]), use_cache=False)
+                found = self.model.extract_prefilled(cache, [self.messages[i] for i in rows])
+                for i, text in zip(rows, found, strict=True):
+                    texts[i] = text
+                bar.update(len(rows))
+        return texts
 
     def read_query(self, i: int, tokens: list[int]) -> str:
         return read_query(self.model.tokenizer, tokens, self.last_questions[i])

@@ -7,13 +7,12 @@
 | | the last question, after the title of its first relevant document (a question seldom names its topic) |
 | 2. its vector | the teacher's, of this text as a query |
 | 3. towards the document | a mixture with the vector of the first relevant document: `rewrite_gold_share` of it if the query has a rewrite, else `gold_share` |
-| 4. away from earlier answers | turned away from the conversation's earlier answers whose cosine to it is above `target_repulsion_threshold`, unless that brings the relevant documents nearer to others ([`repel`]) |
-| 5. ranking | the `rank_top_k` documents nearest to it |
+| 4. ranking | the `rank_top_k` documents nearest to it |
 
-Plain text is its own target. Without a corpus, steps 3 and 5 are left out.
+Plain text is its own target. Without a corpus, steps 3 and 4 are left out.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +21,6 @@ from datasets import Dataset
 from .arguments import DataArguments
 from .conversations import last_question
 from .teacher import Teacher
-
-RIDGE = 0.3
-SAME_TEXT = 0.95  # the cosine from which on two texts count as one
 
 
 @dataclass
@@ -53,7 +49,6 @@ def make_targets(
     *,
     name: str = "",
     written: Sequence[str] | None = None,
-    answers: Sequence[Sequence[str]] | None = None,
 ) -> Targets:
     """
     The targets of queries, as the table above says.
@@ -62,7 +57,6 @@ def make_targets(
         queries (`Dataset`): with `messages`, `rewrite` and `gold`, as [`data.load_queries`] gives them.
         name (`str`): of the data set, for progress bars.
         written (`list[str]`, *optional*): the queries that the backbone writes.
-        answers (`list[list[str]]`, *optional*): the earlier answers of each conversation, as the model reads it.
     """
     gold, rewrites = queries["gold"][:], queries["rewrite"][:]
     rows, titles = _rows_and_titles(corpus, gold) if corpus is not None else ({}, {})
@@ -80,15 +74,6 @@ def make_targets(
         shares = np.where(has_rewrite, arguments.rewrite_gold_share, arguments.gold_share).astype(np.float32)
         vectors = towards_documents(vectors, documents[[relevant[0] for relevant in positives]], shares)
         ranking = teacher.ranking(vectors, documents, arguments.rank_top_k)
-    if answers is not None and any(answers) and arguments.target_repulsion_threshold < 1:
-        said = sorted({answer for own in answers for answer in own})
-        row_of = {answer: row for row, answer in enumerate(said)}
-        said_vectors = teacher.cached(said, "document", f"Teacher: earlier answers of {name}")
-        nearby = (np.asarray(said_vectors[[row_of[answer] for answer in own]]) for own in answers)  # one at a time
-        moved = _turn_away(vectors, nearby, documents, positives, ranking, arguments.target_repulsion_threshold)
-        if ranking is not None and moved:  # only these are ranked a second time
-            ranking = np.array(ranking)
-            ranking[moved] = teacher.ranking(vectors[moved], documents, arguments.rank_top_k)
     return Targets(vectors, documents, positives, ranking)
 
 
@@ -105,49 +90,6 @@ def towards_documents(vectors: np.ndarray, documents: np.ndarray, shares: np.nda
     """Step 3: unit vectors `(n, dim)`, moved to a document each `(n, dim)` by a share of the way `(n,)`."""
     share = shares[:, None]
     return _unit((1 - share) * vectors + share * documents)
-
-
-def repel(target: np.ndarray, answers: np.ndarray, threshold: float) -> np.ndarray:
-    """
-    Step 4: a unit vector `(dim,)`, turned away from `answers` `(n, dim)` as far as its cosine to them is above the
-    threshold, by ridge regression. The model's `HistoryRepulsion` does the same: an answer that was given is near the next
-    question, and is not what is looked for.
-    """
-    excess = np.maximum(answers @ target - threshold, 0)
-    weights = np.linalg.solve(answers @ answers.T + RIDGE * np.eye(len(answers)), excess)
-    return _unit(target - weights @ answers)
-
-
-def _turn_away(
-    vectors: np.ndarray,
-    answers: Iterable[np.ndarray],
-    documents: np.ndarray,
-    positives: Sequence[Sequence[int]],
-    ranking: np.ndarray | None,
-    threshold: float,
-) -> list[int]:
-    """Step 4 of all rows, in place; returns which have moved. Where answers are no documents, the next may well be near."""
-    moved = []
-    for i, others in enumerate(answers):
-        for row in positives[i]:  # an answer that is asked for once more
-            others = others[others @ documents[row] < SAME_TEXT]
-        if not (others @ vectors[i] > threshold).any():
-            continue
-        turned = repel(vectors[i], others, threshold)
-        near = ranking[i] if ranking is not None else ()
-        before, after = (_margin(vector, documents, near, positives[i]) for vector in (vectors[i], turned))
-        if after >= before:
-            vectors[i] = turned
-            moved.append(i)
-    return moved
-
-
-def _margin(vector: np.ndarray, documents: np.ndarray, near: Sequence[int], positives: Sequence[int]) -> float:
-    """How far the nearest relevant document is above the nearest other of `near`; 0 without any."""
-    others = np.setdiff1d(near, positives)
-    if not len(positives) or not len(others):
-        return 0.0
-    return float((documents[positives] @ vector).max() - (documents[others] @ vector).max())
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ It is needed offline only: for the documents' vectors, the training targets, and
 computed once, by all processes together, and kept on disk under the teacher's fingerprint.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -79,8 +80,13 @@ class Teacher:
 
     @property
     def tokenizer(self):
-        """The teacher's own tokenizer. The copy path reads a conversation in its tokens."""
+        """The teacher's own tokenizer."""
         return self.model.tokenizer
+
+    @property
+    def transformer(self):
+        """The teacher's transformer, if it is one."""
+        return getattr(self.model[0], "auto_model", None)
 
     @property
     def max_seq_length(self) -> int | None:
@@ -122,7 +128,7 @@ class Teacher:
         Unit vectors of texts, float32 `(len(texts), dimension)`, with the teacher's own query or document prompt.
 
         `half_precision` computes them in bfloat16, which is several times faster on processors that have it. The cosine to
-        the exact vector is above 0.999. That is enough for a training target; nothing else should use it.
+        the exact vector is above 0.99. That is enough for a training target; nothing else should use it.
 
         Raises:
             `ValueError`: if a vector comes out zero or not finite, naming the text's number.
@@ -130,26 +136,28 @@ class Teacher:
         with tqdm(total=len(texts), desc=progress, unit="text", disable=progress is None) as bar:
             return self._encode(texts, kind, half_precision, bar.update)
 
+    @cached_property
+    def _half_model(self):
+        return copy.deepcopy(self.model).to(torch.bfloat16)
+
     def _encode(
         self, texts: Sequence[str], kind: str, half_precision: bool, advance: Advance, first: int = 0
     ) -> np.ndarray:
-        encode = self.model.encode_query if kind == "query" else self.model.encode_document
-        device = self.model.device.type
-        half_precision = half_precision and _computes_in_bfloat16(device)
+        model = self._half_model if half_precision and _computes_in_bfloat16(self.model.device.type) else self.model
+        encode = model.encode_query if kind == "query" else model.encode_document
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         chunk = 16 * self.batch_size
-        with torch.autocast(device, torch.bfloat16, enabled=half_precision):
-            for begin in range(0, len(order), chunk):
-                rows = order[begin : begin + chunk]
-                vectors[rows] = encode(
-                    [texts[i] for i in rows],
-                    batch_size=self.batch_size,
-                    normalize_embeddings=True,
-                    show_progress_bar=False,
-                    convert_to_numpy=True,
-                )
-                advance(len(rows))
+        for begin in range(0, len(order), chunk):
+            rows = order[begin : begin + chunk]
+            vectors[rows] = encode(
+                [texts[i] for i in rows],
+                batch_size=self.batch_size,
+                normalize_embeddings=True,
+                show_progress_bar=False,
+                convert_to_numpy=True,
+            )
+            advance(len(rows))
         bad = np.flatnonzero(~(np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-2))
         if len(bad):
             number = first + int(bad[0])

@@ -23,8 +23,6 @@ from .progress import StageProgress
 from .teacher import search
 
 DEV_DEPTH = 100  # documents ranked for a dev query; the metrics look at 10
-# From a teacher that puts all texts close together, to one that does not.
-REPULSION_THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
 
 
 class NativeRetrievalTrainer(HeadCheckpoints):
@@ -87,22 +85,20 @@ class NativeRetrievalTrainer(HeadCheckpoints):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
     def create_optimizer(self, *args, **kwargs):
-        """As in transformers, with a learning rate of their own for the values and salience of tokens."""
+        """As in transformers, with a learning rate of their own for the word codes."""
         for parameter in self.model.parameters():
             # accelerate tells the parameters of a model that a stage before has sharded by their addresses, and a shard that
             # is empty on this device has none.
             if isinstance(parameter, DTensor) and not parameter._local_tensor.numel():
                 parameter._local_tensor.data_ptr = partial(id, parameter)
         optimizer = super().create_optimizer(*args, **kwargs)
-        copy_path = self.accelerator.unwrap_model(self.model).query_head.copy_path
-        tokens = [] if copy_path is None else [copy_path.token_values.weight, copy_path.token_salience.weight]
-        tokens = [token for token in tokens if token.requires_grad]
-        if tokens:
+        encoder = self.accelerator.unwrap_model(self.model).query_head.encoder
+        if encoder is not None and (codes := encoder.codes.weight).requires_grad:
             for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if not any(p is token for token in tokens)]
-            rate = self.args.token_learning_rate
-            rate = 0.1 * self.args.learning_rate if rate is None else rate
-            optimizer.add_param_group({"params": tokens, "lr": rate, "weight_decay": 0.0})
+                group["params"] = [p for p in group["params"] if p is not codes]
+            rate = self.args.code_learning_rate
+            rate = self.args.learning_rate if rate is None else rate
+            optimizer.add_param_group({"params": [codes], "lr": rate, "weight_decay": 0.0})
         return optimizer
 
     # -- the loss -----------------------------------------------------------------------------------------------------
@@ -112,7 +108,7 @@ class NativeRetrievalTrainer(HeadCheckpoints):
         if inputs["mode"] == "words":
             ids = inputs["word_ids"]
             nowhere = torch.zeros_like(ids)  # a plain text has no prompt and one turn
-            outputs = model(words=Words(ids, nowhere, inputs["word_mask"], nowhere))
+            outputs = model(words=Words(ids, nowhere, inputs["word_mask"], nowhere, nowhere))
         else:
             outputs = model(**{name: inputs[name] for name in PROMPT_KEYS if name in inputs})
         vectors = outputs.query_embeddings
@@ -243,30 +239,3 @@ class NativeRetrievalTrainer(HeadCheckpoints):
         }
         qrels = {examples.ids[number]: examples.qrels[number] for number in numbers}
         return RetrievalMetrics().compute(run=run, qrels=qrels)
-
-    def set_repulsion_threshold(self, value: float | None = None) -> None:
-        """
-        Sets the cosine above which the query vector is turned away from an earlier turn. By default to the best on dev, of
-        a few and of the one that was learned: the losses see single documents, not who comes first in the index. Each data
-        set counts once, in the default mode of the model, if it was trained.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        if model.query_head.copy_path is None:
-            return
-        threshold, mode = model.query_head.copy_path.repulsion.threshold, model.config.query_mode
-        if value is not None:
-            threshold.data.fill_(value)
-        if value is not None or not self.eval_dataset or not self.args.load_best_model_at_end or self.is_fsdp_enabled:
-            return
-        parts = {name: part for name, part in self.eval_dataset.items() if part.mode == mode}
-        metric = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
-        if not parts or any(name in metric for name in self.eval_dataset):  # the metric of a single data set
-            parts = self.eval_dataset
-        found, logged = {}, len(self.state.log_history)
-        for value in (threshold.item(), *REPULSION_THRESHOLDS):
-            threshold.data.fill_(value)
-            found[value] = self.evaluate(parts)[metric]
-        del self.state.log_history[logged:]  # the card shows what was trained, and then what was chosen
-        best = (max if self.args.greater_is_better else min)(found, key=found.get)
-        threshold.data.fill_(best)
-        print(f"The query vector is turned away from turns whose cosine is above {best:.2f}", flush=True)
