@@ -33,15 +33,12 @@ from native_retrieval.metrics import MEASURES, paired_bootstrap, per_query
 from native_retrieval.results import write_json
 
 AS_IT_IS, METHOD, JUDGED = "as it is", "native-context", "ndcg@10"
+NO_PROJECTION = "without the projection head"  # a row of heads that have one
 
 
-def keep_shares(*kept: int) -> Callable[[NativeRetrievalHead], None]:
-    """Texts whose vectors stay: 0 the question, 1 and 2 with few and with more selected words, 3 the whole context."""
-
-    def change(head: NativeRetrievalHead) -> None:
-        head.shares[[place for place in range(len(head.shares)) if place not in kept]] = 0
-
-    return change
+def drop(*places: int) -> Callable[[NativeRetrievalHead], object]:
+    """Without the vectors of some texts: 0 the question, 1 and 2 with few and with more selected words, 3 the whole context."""
+    return lambda head: head.shares.index_fill_(0, torch.tensor(places, device=head.shares.device), 0.0)
 
 
 def recency(head: NativeRetrievalHead) -> None:
@@ -73,31 +70,18 @@ def mean_attention(head: NativeRetrievalHead) -> None:
     weights[: -WordSelection.NUM_COUNTS], weights[-WordSelection.NUM_COUNTS :] = 1, 0
 
 
-def only_values(head: NativeRetrievalHead) -> None:
-    head.encoder.linear_out.weight.zero_()
-
-
-def only_layers(head: NativeRetrievalHead) -> None:
-    head.encoder.value.weight.zero_()
-    head.encoder.value.bias.zero_()
-
-
-def no_projection(head: NativeRetrievalHead) -> None:
-    head.projection = None
-
-
-ROWS: dict[str, Callable[[NativeRetrievalHead], None]] = {
+ROWS: dict[str, Callable[[NativeRetrievalHead], object]] = {
     AS_IT_IS: lambda head: None,
-    "question alone": keep_shares(0),
-    "question and history": keep_shares(0, 3),
-    "no 2 words": keep_shares(0, 2, 3),
-    "no 6 words": keep_shares(0, 1, 3),
-    "without the whole context": keep_shares(0, 1, 2),
+    "question alone": drop(1, 2, 3),
+    "question and history": drop(1, 2),
+    "no 2 words": drop(1),
+    "no 6 words": drop(2),
+    "without the whole context": drop(3),
     "recency instead of attention": recency,
     "one head instead of eight": one_head,
     "without the learned score (mean log attention)": mean_attention,
-    "values alone (no layers)": only_values,
-    "layers alone (no values)": only_layers,
+    "values alone (no layers)": lambda head: head.encoder.linear_out.weight.zero_(),
+    "layers alone (no values)": lambda head: [part.zero_() for part in head.encoder.value.parameters()],
 }
 
 
@@ -106,10 +90,12 @@ def variants(head: NativeRetrievalHead) -> dict[str, NativeRetrievalHead]:
     """A copy of the head for each row. Raises `ValueError` for one that reads no words."""
     if head.encoder is None:
         raise ValueError("--model has a head that reads no words, so it has no such parts; name another")
-    rows = ROWS | ({"without the projection head": no_projection} if head.projection is not None else {})
-    heads = {name: copy.deepcopy(head) for name in rows}
-    for name, change in rows.items():
+    heads = {name: copy.deepcopy(head) for name in ROWS}
+    for name, change in ROWS.items():
         change(heads[name])
+    if head.projection is not None:
+        heads[NO_PROJECTION] = copy.deepcopy(head)
+        heads[NO_PROJECTION].projection = None
     return heads
 
 
@@ -158,19 +144,22 @@ def main() -> None:
     result = {"command": shlex.join(["python", *sys.argv]), "one_head": f"{layer}.{number}"}
     kinds = {"unseen": [name for name in arguments.sets if name in COUNTED], "dev": arguments.dev}
     for name in (*arguments.sets, *arguments.dev):
-        if name in SETS:
-            task = read_set(name, arguments.data, arguments.cache_dir)
-        else:
-            source, split = split_source(name)
-            task = load_task(Path(arguments.data, source), split or "dev")
+        source, split = split_source(name)
+        known = name in arguments.sets
+        task = (
+            read_set(name, arguments.data, arguments.cache_dir)
+            if known
+            else load_task(Path(arguments.data, source), split or "dev")
+        )
         comparison = Comparison(
             model, teacher, cached_index(arguments.cache_dir, task, teacher), task.queries, [METHOD]
         )
         rows += [{"set": name, **row} for row in judge(comparison, heads, task)]
         write_json(result | {"rows": mean_rows(rows, kinds), "sets": rows}, arguments.output)
-    names = list(dict.fromkeys(row["set"] for row in rows))
-    print(f"{JUDGED}, and its mean difference on " + ", ".join(kind for kind, own in kinds.items() if own))
-    print(f"{'':48}" + "".join(f"{name:>15}" for name in (*kinds, *names)))
+    print(
+        f"{JUDGED + ', mean difference first':48}"
+        + "".join(f"{name:>15}" for name in (*kinds, *arguments.sets, *arguments.dev))
+    )
     for mean in mean_rows(rows, kinds):
         cells = [f"{mean[kind]:+.4f}" if kind in mean else "–" for kind in kinds]
         cells += [f"{row[JUDGED]:.3f}" for row in rows if row["row"] == mean["row"]]
