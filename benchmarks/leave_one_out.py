@@ -24,15 +24,14 @@ from tqdm.auto import tqdm
 from benchmarks import common
 from benchmarks.zero_shot import COUNTED, SETS, check_names, read_set
 from head_native_retrieval import NativeRetrievalHead, Words, WordSelection
-from native_retrieval.arguments import split_source
 from native_retrieval.cli import one_line_errors
-from native_retrieval.data import Task, load_task
+from native_retrieval.data import Task
 from native_retrieval.evaluation import cached_index
 from native_retrieval.methods import Comparison
 from native_retrieval.metrics import MEASURES, paired_bootstrap, per_query
 from native_retrieval.results import write_json
 
-AS_IT_IS, METHOD, JUDGED = "as it is", "native-context", "ndcg@10"
+AS_IT_IS, METHOD, JUDGED, DELTA = "as it is", "native-context", "ndcg@10", "difference_ndcg@10"
 NO_PROJECTION = "without the projection head"  # a row of heads that have one
 
 
@@ -54,20 +53,20 @@ def recency(head: NativeRetrievalHead) -> None:
     selection.forward = forward
 
 
-def strongest_head(head: NativeRetrievalHead) -> int:
-    """The place of the attention head with the largest weights in the learned score."""
-    weights = head.selection.score.weight[0, : -WordSelection.NUM_COUNTS]
-    return int(weights.unflatten(0, (-1, 2)).sum(1).argmax())
+def attention_weights(head: NativeRetrievalHead) -> torch.Tensor:
+    """Of the learned score: those of each attention head, `(heads, 2)`, as the question and as the last tokens ask."""
+    return head.selection.score.weight[0, : -WordSelection.NUM_COUNTS].unflatten(0, (-1, 2))
 
 
 def one_head(head: NativeRetrievalHead) -> None:
-    place, weights = strongest_head(head), head.selection.score.weight[0, : -WordSelection.NUM_COUNTS]
-    weights[: 2 * place], weights[2 * place + 2 :] = 0, 0
+    """The one with the largest weights."""
+    weights = attention_weights(head)
+    weights[torch.arange(len(weights)) != weights.sum(1).argmax().cpu()] = 0
 
 
 def mean_attention(head: NativeRetrievalHead) -> None:
-    weights = head.selection.score.weight[0]
-    weights[: -WordSelection.NUM_COUNTS], weights[-WordSelection.NUM_COUNTS :] = 1, 0
+    head.selection.score.weight.zero_()
+    attention_weights(head).fill_(1)
 
 
 ROWS: dict[str, Callable[[NativeRetrievalHead], object]] = {
@@ -90,12 +89,10 @@ def variants(head: NativeRetrievalHead) -> dict[str, NativeRetrievalHead]:
     """A copy of the head for each row. Raises `ValueError` for one that reads no words."""
     if head.encoder is None:
         raise ValueError("--model has a head that reads no words, so it has no such parts; name another")
-    heads = {name: copy.deepcopy(head) for name in ROWS}
-    for name, change in ROWS.items():
+    rows = ROWS | ({NO_PROJECTION: lambda head: setattr(head, "projection", None)} if head.projection else {})
+    heads = {name: copy.deepcopy(head) for name in rows}
+    for name, change in rows.items():
         change(heads[name])
-    if head.projection is not None:
-        heads[NO_PROJECTION] = copy.deepcopy(head)
-        heads[NO_PROJECTION].projection = None
     return heads
 
 
@@ -107,8 +104,7 @@ def judge(comparison: Comparison, heads: dict[str, NativeRetrievalHead], task: T
     for batch in tqdm(comparison.batches(), desc=task.name, unit="batch"):
         cache = model.prefill(*model.processor.pad([prompts[i] for i in batch]), use_cache=False)
         words = model.processor.read_words(cache.input_ids, cache.attention_mask)
-        device = next(model.query_head.parameters()).device
-        inputs = (cache.hidden_states.to(device), cache.attention_mask.to(device), words.to(device))
+        inputs = (cache.hidden_states, cache.attention_mask, words.to(cache.hidden_states.device))
         for name, head in heads.items():
             vectors[name][batch] = head(*inputs)[0].cpu().numpy()
     base = None
@@ -117,53 +113,38 @@ def judge(comparison: Comparison, heads: dict[str, NativeRetrievalHead], task: T
         base = base or values
         difference = paired_bootstrap(values[JUDGED], base[JUDGED], list(task.queries["conv"]))
         means = {measure: round(float(np.mean(values[measure])), 4) for measure in MEASURES}
-        yield {"row": name, **means, f"difference_{JUDGED}": [round(value, 4) for value in difference]}
-
-
-def mean_rows(rows: list[dict], sets: dict[str, list[str]]) -> list[dict]:
-    """For each part the mean of its differences over kinds of sets, such as the unseen ones."""
-    found = []
-    for name in dict.fromkeys(row["row"] for row in rows):
-        seen = {row["set"]: row[f"difference_{JUDGED}"][0] for row in rows if row["row"] == name}
-        means = {kind: [seen[one] for one in names if one in seen] for kind, names in sets.items()}
-        found.append({"row": name} | {kind: round(float(np.mean(own)), 4) for kind, own in means.items() if own})
-    return found
+        yield {"row": name, **means, DELTA: [round(value, 4) for value in difference]}
 
 
 @one_line_errors("leave_one_out.py")
 def main() -> None:
     parser = common.parser("leave_one_out.py", __doc__, "model", "data", "backbone", "teacher", "cache_dir")
     parser.add_argument("--dev", nargs="*", default=[], help="sets in --data, as NAME:SPLIT (dev)")
-    parser.add_argument("--sets", nargs="*", default=list(SETS), help=f"some of {', '.join(SETS)} (default: all)")
+    parser.add_argument("--sets", nargs="+", default=list(SETS), help=f"some of {', '.join(SETS)} (default: all)")
     parser.add_argument("--output", required=True, type=Path, help="the JSON file to write")
     arguments = parser.parse_args()
     check_names("sets", arguments.sets, SETS)
     model, teacher = common.load(arguments)
-    heads, rows = variants(model.query_head), []
-    layer, number = model.config.selection_heads[strongest_head(model.query_head)]
-    result = {"command": shlex.join(["python", *sys.argv]), "one_head": f"{layer}.{number}"}
-    kinds = {"unseen": [name for name in arguments.sets if name in COUNTED], "dev": arguments.dev}
+    heads, judged, command = variants(model.query_head), [], shlex.join(["python", *sys.argv])
+    one = model.config.selection_heads[attention_weights(model.query_head).sum(1).argmax()]
+    rows = {name: {"row": name} for name in heads}
     for name in (*arguments.sets, *arguments.dev):
-        source, split = split_source(name)
-        known = name in arguments.sets
-        task = (
-            read_set(name, arguments.data, arguments.cache_dir)
-            if known
-            else load_task(Path(arguments.data, source), split or "dev")
-        )
-        comparison = Comparison(
-            model, teacher, cached_index(arguments.cache_dir, task, teacher), task.queries, [METHOD]
-        )
-        rows += [{"set": name, **row} for row in judge(comparison, heads, task)]
-        write_json(result | {"rows": mean_rows(rows, kinds), "sets": rows}, arguments.output)
-    print(
-        f"{JUDGED + ', mean difference first':48}"
-        + "".join(f"{name:>15}" for name in (*kinds, *arguments.sets, *arguments.dev))
-    )
-    for mean in mean_rows(rows, kinds):
-        cells = [f"{mean[kind]:+.4f}" if kind in mean else "–" for kind in kinds]
-        cells += [f"{row[JUDGED]:.3f}" for row in rows if row["row"] == mean["row"]]
-        print(f"{mean['row']:48}" + "".join(f"{cell:>15}" for cell in cells))
+        task = read_set(name, arguments.data, arguments.cache_dir)
+        index = cached_index(arguments.cache_dir, task, teacher)
+        comparison = Comparison(model, teacher, index, task.queries, [METHOD])
+        judged += [{"set": name, **row} for row in judge(comparison, heads, task)]
+        for kind, names in {"unseen": COUNTED, "dev": arguments.dev}.items():
+            for row in rows.values():
+                own = [its[DELTA][0] for its in judged if its["row"] == row["row"] and its["set"] in names]
+                row |= {kind: round(float(np.mean(own)), 4)} if own else {}
+        for its in judged[-len(rows) :]:
+            rows[its["row"]][name] = its[JUDGED]
+        result = {"command": command, "one_head": "{}.{}".format(*one), "rows": list(rows.values()), "sets": judged}
+        write_json(result, arguments.output)
+    names = [name for name in rows[AS_IT_IS] if name != "row"]
+    print(f"{JUDGED}; unseen and dev: mean differences".ljust(48), *(f"{name:>14}" for name in names))
+    for row in rows.values():
+        print(row["row"].ljust(48), *(f"{row[name]:14.4f}" for name in names))
 
 
 if __name__ == "__main__":

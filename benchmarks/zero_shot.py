@@ -21,6 +21,7 @@ import numpy as np
 from datasets import concatenate_datasets
 
 from benchmarks import common
+from native_retrieval.arguments import split_source
 from native_retrieval.cache import atomic_write
 from native_retrieval.cli import nearest, one_line_errors
 from native_retrieval.data import Task, load_corpus, load_task
@@ -47,7 +48,9 @@ LATENCY_QUERIES = 10
 
 
 def read_set(name: str, data: str, cache_dir: str) -> Task:
-    """The test split of one of `SETS`."""
+    """The test split of one of `SETS`; or of `NAME:SPLIT` that split of a folder in `data`."""
+    if name not in SETS:
+        return load_task(Path(data, split_source(name)[0]), split_source(name)[1] or "dev")
     source = Path(data, SETS[name])
     if name in DISTRACTORS:
         source = with_distractors(source, Path(data, DISTRACTORS[name]), Path(cache_dir, "zero-shot", name))
