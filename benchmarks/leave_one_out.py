@@ -5,8 +5,7 @@ What each part of a trained head is worth: parts are switched off, one at a time
     python benchmarks/leave_one_out.py --model outputs/general --data ../shared/data --dev qrecc:dev doc2dial:dev \
         --output results/zero-shot/leave-one-out.json
 
-On the sets of zero_shot.py and on dev sets. The backbone reads each conversation once, for all rows. A part that is worth
-something on dev alone fits the data that it was trained on.
+On the sets of zero_shot.py, and on dev sets. The backbone reads each conversation once, for all rows.
 """
 
 import copy

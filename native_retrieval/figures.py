@@ -1,6 +1,7 @@
 """The figures of an evaluation, of a training, of a backbone's heads and of the demo page, by matplotlib."""
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation
+from matplotlib.ticker import MaxNLocator
 
 from .results import BASELINE, UPPER_BOUND, in_order, in_top
 
@@ -191,21 +193,14 @@ def plot_heads(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     axes.set_xlabel("Layer")
     axes.set_ylabel("Head")
     turns = ", ".join(f"{name} ({result['turns'][name]:,} turns)" for name in names)
-    axes.set_title(
-        f"{result['backbone']}: which attention heads point at the words that a question leaves out\n",
-        loc="left",
-        color=INK,
-    )
-    axes.text(
-        0,
-        1.02,
-        f"The {len(result['selection_heads'])} chosen ones are outlined. Human rewrites of {turns}",
-        transform=axes.transAxes,
-        color=GREY,
-        fontsize=9,
-        parse_math=False,
-    )
-    bar = figure.colorbar(cells, ax=axes, pad=0.02)
+    caption = f"Outlined: the {len(result['selection_heads'])} chosen ones. By human rewrites: {turns}."
+    lines = textwrap.wrap(caption, int(12 * figure.get_figwidth()))
+    title = f"Attention heads of {result['backbone']} that point at what a question leaves out"
+    axes.set_title(title, loc="left", color=INK, fontsize=11, pad=12 + 12 * len(lines))
+    place = {"xy": (0, 1), "xycoords": "axes fraction", "xytext": (0, 7), "textcoords": "offset points"}
+    note = axes.annotate("\n".join(lines), **place, va="bottom", color=GREY, fontsize=9, parse_math=False)
+    note.set_in_layout(False)  # it may be wider than the map
+    bar = figure.colorbar(cells, ax=axes, pad=0.02, ticks=MaxNLocator(5), format="{x:g}")
     bar.set_label("Mean average precision (palest: chance)", color=INK)
     bar.outline.set_visible(False)
     figure.savefig(path, dpi=150)
