@@ -13,6 +13,7 @@ from conftest import run_here, write_beir_folder
 from benchmarks import leave_one_out, zero_shot
 from native_retrieval.data import load_corpus, load_queries
 from native_retrieval.heads import Maps, calibrate_all, describe
+from native_retrieval.methods import METHODS
 
 HEADS = [[1, 0], [2, 3]]
 
@@ -71,6 +72,15 @@ def test_unseen_sets_are_evaluated_once_and_compared(world, words, tmp_path, cap
     assert "mean of 2" in capsys.readouterr().out
     sizes = [json.loads((output / f"{name}.json").read_text())["num_documents"] for name in ("cast21", "cast21+leads")]
     assert sizes == [30, 60]
+
+
+def test_all_methods_are_compared_by_default(words, tmp_path, capsys):
+    assert not run_here(["benchmarks/zero_shot.py", *words, "--sets", "apibank", "--output", str(tmp_path)])
+    result, summary = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("apibank", "summary"))
+    assert set(summary["sets"]["apibank"]) == set(METHODS)
+    assert result["dataset"] == "apibank" and all(its["latency_ms"] for its in result["methods"].values())
+    assert all(f"ratio_{name}" in row for name in zero_shot.OURS for row in summary["rows"])
+    assert "hybrid" in capsys.readouterr().out
 
 
 def test_distractors_do_not_take_the_place_of_documents(world, tmp_path):
