@@ -76,12 +76,7 @@ class WordSelection(nn.Module):
         init.zeros_(self.score.bias)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, words: Words) -> torch.Tensor:
-        """
-        Args: as of [`NativeRetrievalHead`].
-
-        Returns:
-            a score for each word by its group, `(batch, groups)`, and -inf for those that are not to be selected.
-        """
+        """Scores of words by their group, `(batch, groups)`, and -inf for those that are not to be selected."""
         features, selectable = self.features(hidden_states, attention_mask, words)
         return self.score(features.to(self.score.weight.dtype)).squeeze(-1).float().masked_fill(~selectable, -torch.inf)
 
@@ -148,7 +143,7 @@ class WordEncoder(nn.Module):
     A few words to a vector in the teacher's space: the mean of a value each, plus transformer layers that read them in
     order. One code a piece serves both, as its value and as what the layers read.
 
-    It is trained on plain text alone, so it holds where no conversation was seen.
+    It learns from plain text alone, so it holds where no conversation was seen.
     """
 
     def __init__(self, config: NativeRetrievalConfig):
@@ -159,11 +154,8 @@ class WordEncoder(nn.Module):
         self.linear_in = nn.Linear(config.encoder_code_dim, width)
         self.positions = nn.Embedding(config.encoder_max_pieces, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, width // 32, 4 * width, dropout=0.0, activation="gelu", layer_norm_eps=1e-12, batch_first=True
-            )
-            for _ in range(config.encoder_num_layers)
+        self.layers = _layers(
+            config.encoder_num_layers, width, width // 32, 4 * width, dropout=0.0, layer_norm_eps=1e-12
         )
         self.linear_out = nn.Linear(width, dim, bias=False)
 
@@ -179,15 +171,23 @@ class WordEncoder(nn.Module):
         states = self.norm(self.linear_in(codes) + self.positions((mask.cumsum(1) - 1).clamp(min=0)))
         for layer in self.layers:
             states = layer(states, src_key_padding_mask=~mask)
-        shares = (mask / mask.sum(1, keepdim=True)).to(states.dtype)[:, None]
-        vectors = self.linear_out((shares @ states).squeeze(1)) + self.value((shares @ codes).squeeze(1))
+        vectors = self.linear_out(_mean(states, mask)) + self.value(_mean(codes, mask))
         return F.normalize(vectors.float(), dim=-1)
+
+
+def _layers(count: int, width: int, heads: int, inner: int, **settings) -> nn.ModuleList:
+    settings |= {"activation": "gelu", "batch_first": True}
+    return nn.ModuleList(nn.TransformerEncoderLayer(width, heads, inner, **settings) for _ in range(count))
+
+
+def _mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return ((mask / mask.sum(1, keepdim=True)).to(states.dtype)[:, None] @ states).squeeze(1)
 
 
 class ProjectionHead(nn.Module):
     """
-    The paper's head, over several layers: linear in, learned positions, transformer encoder, masked mean, linear out. A
-    linear skip path may run beside the encoder. Positions count from the end, so that the newest token always has the same.
+    The paper's head, over several layers: linear in, learned positions, transformer encoder, masked mean, linear out.
+    Positions count from the end, so that the newest token always has the same one.
     """
 
     def __init__(self, config: NativeRetrievalConfig):
@@ -199,38 +199,20 @@ class ProjectionHead(nn.Module):
         self.linear_in = nn.Linear(width, config.head_dim)
         self.positions = nn.Embedding(self.num_positions, config.head_dim)
         self.dropout = nn.Dropout(config.head_dropout)
-        self.encoder = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                config.head_dim,
-                config.head_num_attention_heads,
-                dim_feedforward=2 * config.head_dim,
-                dropout=config.head_dropout,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
-            )
-            for _ in range(config.head_num_layers)
-        )
+        sizes = config.head_num_layers, config.head_dim, config.head_num_attention_heads, 2 * config.head_dim
+        self.encoder = _layers(*sizes, dropout=config.head_dropout, norm_first=True)
         self.norm_out = nn.LayerNorm(config.head_dim)
         self.linear_out = nn.Linear(config.head_dim, config.embedding_dim)
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch, tokens, layers, hidden_size)`): in order, newest last.
-            mask (`torch.BoolTensor` of shape `(batch, tokens)`): False for padding; at least one True in each row.
-
-        Returns:
-            the vector, not yet normalised, `(batch, embedding_dim)`.
-        """
+        """States `(batch, tokens, layers, hidden_size)`, newest last, and their mask, to vectors `(batch, embedding_dim)`."""
         states = self.norm(hidden_states.to(self.linear_in.weight.dtype)).flatten(2)
         from_end = mask.flip(1).cumsum(1).flip(1) - 1
         encoded = self.linear_in(states) + self.positions(from_end.clamp(0, self.num_positions - 1))
         encoded = self.dropout(encoded)
         for layer in self.encoder:
             encoded = layer(encoded, src_key_padding_mask=~mask)
-        shares = (mask / mask.sum(1, keepdim=True)).to(encoded.dtype)[:, None]
-        return self.linear_out((shares @ self.norm_out(encoded)).squeeze(1))
+        return self.linear_out(_mean(self.norm_out(encoded), mask))
 
 
 class NativeRetrievalHead(nn.Module):
@@ -296,20 +278,14 @@ class NativeRetrievalHead(nn.Module):
         for groups, left in zip(words.groups.tolist(), map(set, chosen), strict=True):
             places, before = [], 0
             for place, group in enumerate(groups):
-                if group and (group in left or group == before):
-                    places.append(place)
-                    left.discard(group)
-                    before = group
-                else:
-                    before = 0
+                before = group if group and (group in left or group == before) else 0
+                left.discard(before)
+                places += [place] if before else []
             selected.append(places)
         return selected
 
     def texts(self, words: Words, scores: torch.Tensor) -> list[list[list[int]]]:
-        """
-        What is encoded of each prompt, as places in its words: the question, the question with 2 and with 6 selected words,
-        and the newest words of all turns.
-        """
+        """What is encoded of each prompt: places of the question, of it with 2 and 6 selected words, of all newest words."""
         half, questions, newest = self.max_pieces // 2, [], []
         for turns, count in zip(words.turn_ids.tolist(), words.mask.sum(1).tolist(), strict=True):
             question = [place for place in range(count) if turns[place] == 1] or list(range(count))
@@ -352,12 +328,7 @@ class NativeRetrievalHead(nn.Module):
         return hidden_states[torch.arange(len(order), device=order.device)[:, None], order.clamp(min=0)], order >= 0
 
     def lexical(self, words: Words) -> torch.Tensor:
-        """
-        Vectors of plain texts from their words alone, L2-normalised, `(batch, embedding_dim)`.
-
-        Raises:
-            `ValueError`: for a head that reads no words.
-        """
+        """Vectors of plain texts, L2-normalised, `(batch, embedding_dim)`. Raises `ValueError` if the head reads no words."""
         if self.encoder is None:
             raise ValueError("a vector from words alone needs a word encoder; this model has word_vocab_size=None")
         return self.encoder(words.ids, words.mask & (words.mask.cumsum(1) <= self.max_pieces))
