@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from native_retrieval.cli import CommandParser
-from native_retrieval.loading import local_paths, model_folder
+from native_retrieval.loading import load_model, local_paths, model_folder
 
 TEXT = (
     "The lighthouse stands on the northern cape and was first lit in 1874, after two ships had been lost in one winter. Its "
@@ -24,6 +24,10 @@ FLAGS = {
     "model": {"required": True, "help": "directory or Hub id of a trained model"},
     "index": {"required": True, "help": "index directory of its teacher"},
     "queries": {"required": True, "help": "a queries.jsonl with messages"},
+    "data": {"required": True, "help": "the folder of the data sets"},
+    "backbone": {"help": "folder of the model's backbone, if it is not where it was"},
+    "teacher": {"help": "folder or Hub id of its teacher, if it is not where it was"},
+    "cache_dir": {"default": ".cache/native_retrieval", "help": "of vectors and indexes (default: %(default)s)"},
     "threads": {"type": int, "default": torch.get_num_threads(), "help": "of the processor (default: %(default)s)"},
     "output": {"required": True, "help": "the JSON file to write; a figure goes into figures/ beside it"},
 }
@@ -51,6 +55,15 @@ def teacher_for(config, model: str, **settings):
     from native_retrieval.teacher import teacher_of  # not in the processes whose memory is measured
 
     return teacher_of(config, local_paths(model_folder(model)).get("teacher"), **settings)
+
+
+def load(arguments):
+    """The model and the teacher of the flags `model`, `backbone`, `teacher` and `cache_dir`."""
+    from native_retrieval.teacher import teacher_of
+
+    model = load_model(arguments.model, **({"backbone": arguments.backbone} if arguments.backbone else {}))
+    name = arguments.teacher or local_paths(model_folder(arguments.model)).get("teacher")
+    return model, teacher_of(model.config, name, cache_dir=arguments.cache_dir)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The figures of an evaluation, of a training and of the demo page, by matplotlib."""
+"""The figures of an evaluation, of a training, of a backbone's heads and of the demo page, by matplotlib."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation
 
 from .results import BASELINE, UPPER_BOUND, in_order, in_top
@@ -166,6 +167,47 @@ def plot_training(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[
     axes.set_ylim(bottom=0)
     axes.set_xlabel("Epoch")
     axes.set_title("Training loss, each part before its weight", loc="left", color=INK)
+    figure.savefig(path, dpi=150)
+
+
+def plot_heads(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draws how well each attention head of a backbone finds the words that questions leave out; see `heads.describe`."""
+    names, layers = list(result["average_precision"]), result["layers"]
+    # The mean over data sets, then the better asker: (layers, heads).
+    values = np.mean([list(askers.values()) for askers in result["average_precision"].values()], axis=0).max(0)
+    figure, axes = _figure(max(7.5, 2.5 + 0.26 * len(layers)), max(3.2, 1.6 + 0.26 * values.shape[1]))
+    axes.grid(False)
+    chance = float(np.mean(list(result["chance"].values())))
+    cells = axes.pcolormesh(values.T, cmap="Blues", vmin=chance, vmax=max(values.max(), chance + 0.01))
+    for name in result["selection_heads"]:
+        layer, head = map(int, name.split("."))
+        corner = (layers.index(layer) + 0.06, head + 0.06)
+        axes.add_patch(Rectangle(corner, 0.88, 0.88, fill=False, edgecolor=PAIR[1], linewidth=1.8))
+    for axis, labels in ((axes.xaxis, layers), (axes.yaxis, range(values.shape[1]))):
+        every = 1 + len(labels) // 33
+        axis.set_ticks(np.arange(0, len(labels), every) + 0.5, [str(label) for label in labels[::every]], fontsize=9)
+    axes.tick_params(length=0)
+    axes.invert_yaxis()
+    axes.set_xlabel("Layer")
+    axes.set_ylabel("Head")
+    turns = ", ".join(f"{name} ({result['turns'][name]:,} turns)" for name in names)
+    axes.set_title(
+        f"{result['backbone']}: which attention heads point at the words that a question leaves out\n",
+        loc="left",
+        color=INK,
+    )
+    axes.text(
+        0,
+        1.02,
+        f"The {len(result['selection_heads'])} chosen ones are outlined. Human rewrites of {turns}",
+        transform=axes.transAxes,
+        color=GREY,
+        fontsize=9,
+        parse_math=False,
+    )
+    bar = figure.colorbar(cells, ax=axes, pad=0.02)
+    bar.set_label("Mean average precision (palest: chance)", color=INK)
+    bar.outline.set_visible(False)
     figure.savefig(path, dpi=150)
 
 

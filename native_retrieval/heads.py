@@ -5,20 +5,32 @@ python -m native_retrieval.heads --backbone LLM --data data/canard data/gecor --
 Which heads do depends on the backbone alone, so one choice serves every index. A head is judged by how high it ranks, among
 the words of earlier turns, those that a human put into the rewrite of the last question (average precision). Of several data
 sets the mean rank counts: a head must hold on other kinds of conversation.
+
+The command prints the chosen heads as `selection_heads` of a recipe takes them; train.py then tries no others.
 """
 
+import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from configuration_native_retrieval import NativeRetrievalConfig
 from head_native_retrieval import Words, WordSelection
 from processing_native_retrieval import NativeRetrievalProcessor, word_keys
 
+from .cli import CommandParser, check_writable, one_line_errors
+
+# What only the command needs is imported in it: train.py imports this module too.
+
 NUM_HEADS = 8
 MAX_TURNS = 400  # of a data set: more change nothing
+ASKERS = ("question", "last tokens")  # whose attention counts, in the order of the features
 
 
 class Maps:
@@ -158,6 +170,29 @@ def calibrate(
     return Calibration(name, features, labels) if labels else None
 
 
+def calibrate_all(
+    backbone: nn.Module,
+    processor: NativeRetrievalProcessor,
+    maps: Maps,
+    heads: Sequence[Sequence[int]],
+    rewrites: Sequence[tuple[str, Sequence[dict]]],
+) -> list[Calibration]:
+    """[`calibrate`] with these heads, on each data set of `rewrites` (names and rows) that has a row for it."""
+    config = NativeRetrievalConfig(
+        **{name: getattr(maps.config, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")},
+        word_vocab_size=1,
+        selection_heads=heads,
+        selection_head_dim=maps.width,
+        selection_qk_norm=maps.qk_norm,
+    )
+    selection = WordSelection(config)
+    selection.reset_parameters()
+    maps.copy_into(selection, config.selection_heads)
+    selection = selection.to(maps.base.device, maps.base.dtype)
+    parts = [calibrate(backbone, processor, selection, config.hidden_state_layers, *part) for part in rewrites]
+    return [part for part in parts if part is not None]
+
+
 def _keys(processor: NativeRetrievalProcessor, words: Words) -> dict[int, str]:
     """The key of each group of a single prompt, from where it is said first."""
     groups, pieces = words.groups[0].tolist(), {}
@@ -212,3 +247,89 @@ def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
     """The mean, over what is relevant, of the precision down to it."""
     hits = labels[np.argsort(-scores, kind="stable")]
     return float((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean())
+
+
+def describe(calibrations: Sequence[Calibration], heads: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """
+    What was measured, for `heads.json` and its figure. `heads` are those of [`Maps.heads`], all of each layer.
+
+    Returns:
+        `selection_heads`, the chosen ones as a recipe takes them; `rows`, their average precision, of the better asker in
+        the mean; and by data set: `turns`, `chance` (the average precision of any order), and `average_precision`, for each
+        asker a list of heads for each of `layers`.
+    """
+    layers = sorted({layer for layer, _ in heads})
+    precisions = np.stack([part.precisions(len(heads)) for part in calibrations])
+    precisions = precisions.reshape(len(calibrations), len(layers), -1, len(ASKERS)).round(4)
+    rows = []
+    for layer, head in choose(calibrations, heads)[0]:
+        its = precisions[:, layers.index(layer), head]  # (data sets, askers)
+        asker = int(its.mean(0).argmax())
+        values = {part.name: float(value) for part, value in zip(calibrations, its[:, asker], strict=True)}
+        mean = round(float(its[:, asker].mean()), 4)
+        rows.append({"head": f"{layer}.{head}", "asker": ASKERS[asker], **values, "mean": mean})
+    return {
+        "selection_heads": [row["head"] for row in rows],
+        "turns": {part.name: part.num_turns for part in calibrations},
+        "chance": {part.name: round(float(part.labels.mean()), 4) for part in calibrations},
+        "rows": rows,
+        "layers": layers,
+        "average_precision": {
+            part.name: {asker: its[..., place].tolist() for place, asker in enumerate(ASKERS)}
+            for part, its in zip(calibrations, precisions, strict=True)
+        },
+    }
+
+
+@one_line_errors("heads")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser("python -m native_retrieval.heads", __doc__)
+    parser.add_argument("--backbone", required=True, help="a causal language model: folder or Hub id")
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        help="folders or Hub ids with rewrites, as NAME or NAME:SPLIT (train, or all)",
+    )
+    parser.add_argument("--output", required=True, type=Path, help="the JSON file to write")
+    parser.add_argument("--figure", type=Path, help="the map of heads, a PNG file to write")
+    parser.add_argument("--max_prompt_tokens", type=int, default=1024, help="longest prompt (default: %(default)s)")
+    words = parser.parse_args(argv)
+    for flag in ("output", "figure"):
+        if path := getattr(words, flag):  # before minutes of work
+            check_writable(flag, path.parent)
+
+    from .arguments import split_source
+    from .data import load_queries, splits
+    from .figures import plot_heads
+    from .initialise import from_backbone
+    from .results import write_json
+
+    rewrites = []
+    for source, split in map(split_source, words.data):
+        split = split or ("train" if "train" in splits(source) else None)
+        rewrites.append((Path(source).name, load_queries(source, split)))
+    if len({name for name, _ in rewrites}) < len(rewrites):
+        raise ValueError(
+            f"--data names two data sets alike: {', '.join(name for name, _ in rewrites)}; rename a folder"
+        )
+    model = from_backbone(words.backbone, embedding_dim=1, max_prompt_tokens=words.max_prompt_tokens)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    maps = Maps(model.backbone)
+    calibrations = calibrate_all(model.backbone, model.processor, maps, maps.heads, rewrites)
+    if not calibrations:
+        raise ValueError(
+            "--data has no rewrite that takes a word from an earlier turn; give data sets with human rewrites"
+        )
+    command = shlex.join(["python", "-m", "native_retrieval.heads", *(sys.argv[1:] if argv is None else argv)])
+    result = {"command": command, "backbone": Path(words.backbone).name, **describe(calibrations, maps.heads)}
+    write_json(result, words.output)
+    if words.figure:
+        words.figure.parent.mkdir(parents=True, exist_ok=True)
+        plot_heads(result, words.figure)
+    # In quotes: YAML would read 21.10 as the number 21.1.
+    print("selection_heads: [" + ", ".join(f'"{head}"' for head in result["selection_heads"]) + "]")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

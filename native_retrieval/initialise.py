@@ -12,12 +12,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from configuration_native_retrieval import NativeRetrievalConfig
-from head_native_retrieval import WordEncoder, WordSelection
+from head_native_retrieval import WordEncoder
 from modeling_native_retrieval import NativeRetrievalModel
 from processing_native_retrieval import NativeRetrievalProcessor
 
 from .cli import nearest
-from .heads import Maps, calibrate, choose, fit_score
+from .heads import Maps, calibrate_all, choose, fit_score
 
 # The WordPiece vocabulary of BERT (uncased) and MiniLM: 30,522 pieces, for any teacher. Apache-2.0.
 WORDPIECE = Path(__file__).with_name("wordpiece.json")
@@ -98,8 +98,7 @@ def from_backbone(
         config_fields |= {"selection_head_dim": maps.width, "selection_qk_norm": maps.qk_norm}
         if rewrites:
             heads = config_fields.get("selection_heads") or maps.heads
-            calibrations = [calibrate(backbone, processor, *_trial(maps, heads), *part) for part in rewrites]
-            calibrations = [part for part in calibrations if part is not None]
+            calibrations = calibrate_all(backbone, processor, maps, heads, rewrites)
             config_fields["selection_heads"], calibrations = choose(calibrations, heads)
     config = NativeRetrievalConfig(**config_fields)
     model = NativeRetrievalModel(config, backbone, processor)
@@ -120,21 +119,6 @@ def _maps(backbone: PreTrainedModel) -> Maps | None:
     except ValueError as error:
         print(f"The words of earlier turns are chosen without attention: {error}")
         return None
-
-
-def _trial(maps: Maps, heads: Sequence[Sequence[int]]) -> tuple[WordSelection, list[int]]:
-    """The selection with these heads, and the layers that it reads."""
-    config = NativeRetrievalConfig(
-        **{name: getattr(maps.config, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")},
-        word_vocab_size=1,
-        selection_heads=heads,
-        selection_head_dim=maps.width,
-        selection_qk_norm=maps.qk_norm,
-    )
-    selection = WordSelection(config)
-    selection.reset_parameters()
-    maps.copy_into(selection, config.selection_heads)
-    return selection.to(maps.base.device, maps.base.dtype), config.hidden_state_layers
 
 
 @torch.no_grad()
