@@ -43,7 +43,8 @@ class NativeRetrievalOutput(ModelOutput):
     query_embeddings (`torch.FloatTensor` of shape `(batch, embedding_dim)`): L2-normalised, in the teacher's space.
     attributions (`torch.FloatTensor` of shape `(batch, tokens)`, *optional*): each token's share in the vector.
     input_ids, attention_mask (`(batch, tokens)`): what the vectors were read from, padded on the left.
-    past_key_values (`QueryCache`, *optional*): the prompts' cache, for `generate` and for the next turn.
+    past_key_values (`QueryCache`, *optional*): the prompts' cache, for `generate` and for the next turn. The field is
+        `cache`, as transformers 5.24 calls it.
     query_ids (`list[list[int]]`, *optional*): in `generated` mode, the query that was written.
     """
 
@@ -51,8 +52,12 @@ class NativeRetrievalOutput(ModelOutput):
     attributions: torch.FloatTensor | None = None
     input_ids: torch.LongTensor | None = None
     attention_mask: torch.LongTensor | None = None
-    past_key_values: Any = None
+    cache: Any = None
     query_ids: list[list[int]] | None = None
+
+    @property
+    def past_key_values(self) -> Any:
+        return self.cache
 
 
 class NativeRetrievalModel(ComposedModel, GenerationMixin):
@@ -399,7 +404,7 @@ class NativeRetrievalModel(ComposedModel, GenerationMixin):
         if output.attributions is not None:  # not those of a written query
             output.attributions = output.attributions[:, : cache.input_ids.shape[1]]
         output.input_ids, output.attention_mask = cache.input_ids, cache.attention_mask
-        output.past_key_values = cache if return_cache else None
+        output.cache = cache if return_cache else None
         return output
 
     def extract_query(
