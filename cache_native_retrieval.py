@@ -1,5 +1,5 @@
 # Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
-"""One KV cache for the query vector, the answer and the next turn: what passed, and how prompts go on from it.
+"""What passed through the backbone, and what came of it: one KV cache for the query vector, the answer and the next turn.
 
 It knows token ids, and nothing of text or models. Ships to the Hub; imports torch and transformers only.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.utils import ModelOutput
 
 # How `generate` fills a cache: whatever a backbone's own settings say, it goes on from ours.
 FILLING = ("use_cache", "cache_implementation", "prefill_chunk_size")
@@ -19,6 +20,29 @@ FOLLOWED = {"num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "us
 FOLLOWED |= dict.fromkeys(("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "custom_generate"))
 FOLLOWED |= dict.fromkeys(("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "token_healing"))
 FOLLOWED |= dict.fromkeys((*FILLING[1:], "inputs_embeds", "position_ids"))  # the cache may lay the rows out otherwise
+
+
+@dataclass
+class NativeRetrievalOutput(ModelOutput):
+    """
+    query_embeddings (`torch.FloatTensor` of shape `(batch, embedding_dim)`): L2-normalised, in the teacher's space.
+    attributions (`torch.FloatTensor` of shape `(batch, tokens)`, *optional*): each token's share in the vector.
+    input_ids, attention_mask (`(batch, tokens)`): what the vectors were read from, padded on the left.
+    past_key_values (`QueryCache`, *optional*): the prompts' cache, for `generate` and for the next turn. The field is
+        `cache`, as transformers 5.24 calls it.
+    query_ids (`list[list[int]]`, *optional*): in `generated` mode, the query that was written.
+    """
+
+    query_embeddings: torch.FloatTensor | None = None
+    attributions: torch.FloatTensor | None = None
+    input_ids: torch.LongTensor | None = None
+    attention_mask: torch.LongTensor | None = None
+    cache: Any = None
+    query_ids: list[list[int]] | None = None
+
+    @property
+    def past_key_values(self) -> Any:
+        return self.cache
 
 
 @dataclass
@@ -128,4 +152,4 @@ def generation_settings(
     return settings, rest
 
 
-__all__ = ["QueryCache", "generation_settings", "token_rows"]
+__all__ = ["NativeRetrievalOutput", "QueryCache", "generation_settings", "token_rows"]

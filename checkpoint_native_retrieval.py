@@ -102,7 +102,7 @@ class ComposedModel(PreTrainedModel):
         if given is None and self.backbone is not None and self.processor is not None:
             self.set_reference()
         state, own = given or self.state_dict(), f"{BACKBONE}."
-        head = {name: weight for name, weight in state.items() if not name.startswith(own)}
+        head = {name: _compact(weight) for name, weight in state.items() if not name.startswith(own)}
         # transformers refuses to write some generation settings that it has read; they are the backbone's, as they are.
         settings, self.generation_config = self.generation_config, GenerationConfig()
         try:
@@ -157,6 +157,12 @@ class ComposedModel(PreTrainedModel):
         memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
         return twin
+
+
+def _compact(weight: torch.Tensor) -> torch.Tensor:
+    """The same numbers in half of the bytes, if bfloat16 holds them exactly: those of a head that train.py has rounded."""
+    half = weight.bfloat16()
+    return half if weight.dtype == torch.float32 and bool((half == weight).all()) else weight
 
 
 def _refuse_pointers(folder: str) -> None:

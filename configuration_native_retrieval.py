@@ -34,7 +34,7 @@ class NativeRetrievalConfig(PreTrainedConfig):
         max_query_tokens (`int`, defaults to 32): longest written query, in tokens.
 
     The word path of the head:
-        word_vocab_size (`int`, *optional*): size of the word tokenizer's vocabulary. None gives the paper's head, without it.
+        word_vocab_size (`int`, defaults to 30522): size of the word tokenizer's vocabulary. None gives the paper's head, without it.
         encoder_dim, encoder_num_layers, encoder_code_dim: width and depth of the word encoder, and of its word codes.
         encoder_max_pieces (`int`, defaults to 256): longest text that it reads, in word pieces.
         selection_heads (`list[list[int]]`): layer and number of each of the backbone's attention heads that choose words.
@@ -67,7 +67,7 @@ class NativeRetrievalConfig(PreTrainedConfig):
     query_prompt: str = "Search query:"
     max_query_tokens: int = 32
 
-    word_vocab_size: int | None = None
+    word_vocab_size: int | None = 30522
     encoder_dim: int = 384
     encoder_num_layers: int = 2
     encoder_code_dim: int = 192

@@ -47,24 +47,24 @@ class WordSelection(nn.Module):
     Scores the words of earlier turns by how much the last question attends to them, in a few of the backbone's own
     attention heads: copies of their query and key maps, on the hidden states that go into their layers.
 
-    A head that resolves "it" looks at what "it" is. Which heads do, [`native_retrieval.heads`] finds once per backbone.
+    A head that resolves "it" looks at what "it" is. `native_retrieval.heads` finds which do, once for each backbone.
     """
 
-    NUM_ASKING = 48  # pieces of the question that ask, the newest
-    NUM_LAST = 3  # tokens at the end of the prompt that ask, too: they have read the question as a whole
-    NUM_COUNTS = 3  # features of a word beside its attention
+    NUM_PIECES, NUM_TOKENS = (
+        48,
+        3,
+    )  # what asks: the question's newest pieces, and the last tokens, which have read it all
 
     def __init__(self, config: NativeRetrievalConfig):
         super().__init__()
-        layers = [layer for layer, _ in config.selection_heads]
-        self.states = [config.hidden_state_layers.index(layer) for layer in layers]
-        heads, width = len(layers), config.selection_head_dim
+        heads, width = len(config.selection_heads), config.selection_head_dim
+        self.states = [config.hidden_state_layers.index(layer) for layer, _ in config.selection_heads]
         self.query = nn.Parameter(torch.empty(heads, width, config.hidden_size))
         self.key = nn.Parameter(torch.empty(heads, width, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(2, heads, width))
         self.norm = nn.Parameter(torch.empty(2, heads, width)) if config.selection_qk_norm else None
         self.register_buffer("frequencies", torch.zeros(heads, width // 2))
-        self.score = nn.Linear(2 * heads + self.NUM_COUNTS, 1)
+        self.score = nn.Linear(2 * heads + 1, 1)
 
     def reset_parameters(self) -> None:
         for maps in (self.query, self.key):
@@ -72,79 +72,69 @@ class WordSelection(nn.Module):
         init.zeros_(self.bias)
         if self.norm is not None:
             init.ones_(self.norm)
+        init.constant_(self.score.weight, 1 / max(2 * len(self.states), 1))
+        init.zeros_(self.score.bias)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, words: Words) -> torch.Tensor:
-        """
-        Args: as of [`NativeRetrievalHead`].
-
-        Returns:
-            a score for each word by its group, `(batch, groups)`, and -inf for those that are not to be selected.
-        """
+        """Scores of words by their group, `(batch, groups)`, and -inf for those that are not to be selected."""
         features, selectable = self.features(hidden_states, attention_mask, words)
         return self.score(features.to(self.score.weight.dtype)).squeeze(-1).float().masked_fill(~selectable, -torch.inf)
 
     def features(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, words: Words
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The features of each word, `(batch, groups, features)`, and which may be selected, `(batch, groups)`."""
-        mass, count = self.attention(hidden_states, attention_mask, words), int(words.groups.max()) + 1
-        at_words = mass.new_zeros(*mass.shape[:2], count)
+        """
+        The features of each word, `(batch, groups, 2 * heads + 1)`: the logarithm of the attention that each head gives it,
+        as either asks, and how new it is; and which may be selected, `(batch, groups)`: those that the question lacks.
+        """
+        mass = self.attention(hidden_states, attention_mask, words)
         groups = torch.zeros(attention_mask.shape, dtype=torch.long, device=mass.device)
         groups.scatter_reduce_(1, words.positions, words.groups * words.mask, "amax")  # a token counts once
-        at_words.scatter_add_(2, groups[:, None].expand_as(mass), mass)
-        low, high = torch.full_like(groups[:, :1].float(), 99.0).expand(-1, count), at_words.new_zeros(len(mass), count)
-        turns = words.turn_ids.float()
-        counts = torch.stack(
-            (
-                high.scatter_add(1, words.groups, words.mask.float()),
-                low.scatter_reduce(1, words.groups, turns.masked_fill(~words.mask, 99.0), "amin"),
-                high.scatter_reduce(1, words.groups, turns * words.mask, "amax"),
-            ),
-            dim=-1,
+        shape = len(mass), int(words.groups.max()) + 1
+        at_words = mass.new_zeros(shape[0], mass.shape[1], shape[1]).scatter_add(
+            2, groups[:, None].expand_as(mass), mass
         )
-        asked = high.scatter_reduce(1, words.groups, (words.mask & (words.turn_ids == 1)).float(), "amax")
-        selectable = (counts[..., 0] > 0) & (asked == 0)
+        turns = words.turn_ids.float().masked_fill(~words.mask, torch.inf)
+        newest = mass.new_full(shape, torch.inf).scatter_reduce(1, words.groups, turns, "amin")
+        asked = mass.new_zeros(shape).scatter_reduce(1, words.groups, (turns == 1).float(), "amax")
+        selectable = newest.isfinite() & (asked == 0)
         selectable[:, 0] = False
-        return torch.cat(((at_words + 1e-5).log().mT, counts.log1p()), dim=-1), selectable
+        return torch.cat(((at_words + 1e-5).log().mT, -newest.clamp(max=99)[..., None].log1p()), dim=-1), selectable
 
     def attention(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, words: Words) -> torch.Tensor:
-        """What each head gives each token, as the question's pieces ask and as the last tokens do: `(batch, 2 * heads, tokens)`."""
-        batch, tokens = attention_mask.shape
-        real = attention_mask.bool()
-        place = torch.arange(tokens, device=real.device)
-        asking = (words.mask & (words.turn_ids == 1)) * torch.arange(1, words.ids.shape[1] + 1, device=real.device)
-        newest, order = asking.topk(min(self.NUM_ASKING, asking.shape[1]), dim=1)
-        last, ends = (real * (place + 1)).topk(min(self.NUM_LAST, tokens), dim=1)
-        at = torch.cat((words.positions.gather(1, order), ends), dim=1)
-        valid = torch.cat((newest > 0, last > 0), dim=1)
-        shares = valid[:, None] * torch.tensor([[1.0, 0.0], [0.0, 1.0]], device=real.device).repeat_interleave(
-            torch.tensor([newest.shape[1], last.shape[1]], device=real.device), dim=1
-        )
-        shares = shares / shares.sum(2, keepdim=True).clamp(min=1)  # (batch, 2, asking)
-        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        rows = torch.arange(batch, device=real.device)[:, None]
-        seen = real[:, None] & (place <= at[..., None])
-        mass = []
+        """
+        What each head gives each token, `(batch, 2 * heads, tokens)`: on the average of the question's pieces, and of the
+        last tokens.
+        """
+        real, place = attention_mask.bool(), torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        pieces = torch.arange(1, words.ids.shape[1] + 1, device=place.device)
+        newest, order = (pieces * (words.mask & (words.turn_ids == 1))).topk(min(self.NUM_PIECES, len(pieces)), dim=1)
+        last, ends = ((place + 1) * real).topk(min(self.NUM_TOKENS, len(place)), dim=1)
+        at = torch.cat((words.positions.gather(1, order), ends), dim=1)  # (batch, asking)
+        shares = torch.stack((F.pad(newest > 0, (0, last.shape[1])), F.pad(last > 0, (newest.shape[1], 0))), dim=1)
+        shares = shares / shares.sum(2, keepdim=True).clamp(min=1)
+        positions, rows = (attention_mask.long().cumsum(1) - 1).clamp(min=0), torch.arange(len(at), device=at.device)
+        seen, mass = (real[:, None] & (place <= at[..., None]))[:, None], []
         for state in dict.fromkeys(self.states):
-            heads = [head for head, its in enumerate(self.states) if its == state]
+            heads = [head for head, own in enumerate(self.states) if own == state]
             states = hidden_states[:, :, state].to(self.query.dtype)
             states = states * (states.float().square().mean(-1, keepdim=True) + 1e-6).rsqrt().to(states.dtype)
             keys = self._map(states, self.key[heads], 1, heads, positions)
-            queries = self._map(states[rows, at], self.query[heads], 0, heads, positions.gather(1, at))
+            queries = self._map(states[rows[:, None], at], self.query[heads], 0, heads, positions.gather(1, at))
             scores = (queries @ keys.mT).float() * keys.shape[-1] ** -0.5
-            weights = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min).softmax(-1)
-            mass.append(shares[:, None] @ weights)  # (batch, heads, 2, tokens)
+            mass.append(shares[:, None] @ scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1))
+        if not mass:
+            return hidden_states.new_zeros(len(at), 0, len(place), dtype=torch.float32)
         return torch.cat(mass, dim=1).flatten(1, 2)
 
-    def _map(self, states, weight, which: int, heads: list[int], positions: torch.Tensor) -> torch.Tensor:
+    def _map(self, states: torch.Tensor, weight: torch.Tensor, which: int, heads: list[int], positions: torch.Tensor):
         """Queries or keys, `(batch, heads, tokens, width)`, turned by their positions as in RoFormer (arXiv 2104.09864)."""
         mapped = torch.einsum("bth,nwh->bntw", states, weight) + self.bias[which, heads][:, None]
         if self.norm is not None:
             mapped = F.rms_norm(mapped, mapped.shape[-1:], eps=1e-6) * self.norm[which, heads][:, None]
-        half = mapped.shape[-1] // 2
         angle = positions[:, None, :, None] * self.frequencies[heads][:, None].float()
         cos, sin = angle.cos().to(mapped.dtype), angle.sin().to(mapped.dtype)
-        first, second = mapped[..., :half], mapped[..., half:]
+        first, second = mapped.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
@@ -153,7 +143,7 @@ class WordEncoder(nn.Module):
     A few words to a vector in the teacher's space: the mean of a value each, plus transformer layers that read them in
     order. One code a piece serves both, as its value and as what the layers read.
 
-    It is trained on plain text alone, so it holds where no conversation was seen.
+    It learns from plain text alone, so it holds where no conversation was seen.
     """
 
     def __init__(self, config: NativeRetrievalConfig):
@@ -164,11 +154,8 @@ class WordEncoder(nn.Module):
         self.linear_in = nn.Linear(config.encoder_code_dim, width)
         self.positions = nn.Embedding(config.encoder_max_pieces, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, width // 32, 4 * width, dropout=0.0, activation="gelu", layer_norm_eps=1e-12, batch_first=True
-            )
-            for _ in range(config.encoder_num_layers)
+        self.layers = _layers(
+            config.encoder_num_layers, width, width // 32, 4 * width, dropout=0.0, layer_norm_eps=1e-12
         )
         self.linear_out = nn.Linear(width, dim, bias=False)
 
@@ -184,15 +171,23 @@ class WordEncoder(nn.Module):
         states = self.norm(self.linear_in(codes) + self.positions((mask.cumsum(1) - 1).clamp(min=0)))
         for layer in self.layers:
             states = layer(states, src_key_padding_mask=~mask)
-        shares = (mask / mask.sum(1, keepdim=True)).to(states.dtype)[:, None]
-        vectors = self.linear_out((shares @ states).squeeze(1)) + self.value((shares @ codes).squeeze(1))
+        vectors = self.linear_out(_mean(states, mask)) + self.value(_mean(codes, mask))
         return F.normalize(vectors.float(), dim=-1)
+
+
+def _layers(count: int, width: int, heads: int, inner: int, **settings) -> nn.ModuleList:
+    settings |= {"activation": "gelu", "batch_first": True}
+    return nn.ModuleList(nn.TransformerEncoderLayer(width, heads, inner, **settings) for _ in range(count))
+
+
+def _mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return ((mask / mask.sum(1, keepdim=True)).to(states.dtype)[:, None] @ states).squeeze(1)
 
 
 class ProjectionHead(nn.Module):
     """
-    The paper's head, over several layers: linear in, learned positions, transformer encoder, masked mean, linear out. A
-    linear skip path may run beside the encoder. Positions count from the end, so that the newest token always has the same.
+    The paper's head, over several layers: linear in, learned positions, transformer encoder, masked mean, linear out.
+    Positions count from the end, so that the newest token always has the same one.
     """
 
     def __init__(self, config: NativeRetrievalConfig):
@@ -204,38 +199,20 @@ class ProjectionHead(nn.Module):
         self.linear_in = nn.Linear(width, config.head_dim)
         self.positions = nn.Embedding(self.num_positions, config.head_dim)
         self.dropout = nn.Dropout(config.head_dropout)
-        self.encoder = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                config.head_dim,
-                config.head_num_attention_heads,
-                dim_feedforward=2 * config.head_dim,
-                dropout=config.head_dropout,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
-            )
-            for _ in range(config.head_num_layers)
-        )
+        sizes = config.head_num_layers, config.head_dim, config.head_num_attention_heads, 2 * config.head_dim
+        self.encoder = _layers(*sizes, dropout=config.head_dropout, norm_first=True)
         self.norm_out = nn.LayerNorm(config.head_dim)
         self.linear_out = nn.Linear(config.head_dim, config.embedding_dim)
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch, tokens, layers, hidden_size)`): in order, newest last.
-            mask (`torch.BoolTensor` of shape `(batch, tokens)`): False for padding; at least one True in each row.
-
-        Returns:
-            the vector, not yet normalised, `(batch, embedding_dim)`.
-        """
+        """States `(batch, tokens, layers, hidden_size)`, newest last, and their mask, to vectors `(batch, embedding_dim)`."""
         states = self.norm(hidden_states.to(self.linear_in.weight.dtype)).flatten(2)
         from_end = mask.flip(1).cumsum(1).flip(1) - 1
         encoded = self.linear_in(states) + self.positions(from_end.clamp(0, self.num_positions - 1))
         encoded = self.dropout(encoded)
         for layer in self.encoder:
             encoded = layer(encoded, src_key_padding_mask=~mask)
-        shares = (mask / mask.sum(1, keepdim=True)).to(encoded.dtype)[:, None]
-        return self.linear_out((shares @ self.norm_out(encoded)).squeeze(1))
+        return self.linear_out(_mean(self.norm_out(encoded), mask))
 
 
 class NativeRetrievalHead(nn.Module):
@@ -296,36 +273,27 @@ class NativeRetrievalHead(nn.Module):
 
     def select(self, words: Words, scores: torch.Tensor, count: int) -> list[list[int]]:
         """The places of each prompt's `count` best words, in order: each once, where it was said first."""
-        best = scores.topk(min(count, scores.shape[1]), dim=1)
-        chosen = [set(row) for row in best.indices.masked_fill(best.values == -torch.inf, 0).tolist()]
-        places: list[list[int]] = [[] for _ in chosen]
-        for row, groups in enumerate(words.groups.tolist()):
-            left = chosen[row] - {0}
+        best, selected = scores.topk(min(count, scores.shape[1]), dim=1), []
+        chosen = best.indices.masked_fill(best.values == -torch.inf, 0).tolist()
+        for groups, left in zip(words.groups.tolist(), map(set, chosen), strict=True):
+            places, before = [], 0
             for place, group in enumerate(groups):
-                if group in left and group != (groups[place + 1] if place + 1 < len(groups) else 0):
-                    left.remove(group)  # its last piece
-                    start = place
-                    while start and groups[start - 1] == group:
-                        start -= 1
-                    places[row] += range(start, place + 1)
-        return places
+                before = group if group and (group in left or group == before) else 0
+                left.discard(before)
+                places += [place] if before else []
+            selected.append(places)
+        return selected
 
     def texts(self, words: Words, scores: torch.Tensor) -> list[list[list[int]]]:
-        """
-        What is encoded of each prompt, as places in its words: the question, the question with 2 and with 6 selected words,
-        and the newest words of all turns.
-        """
-        counts, turns = words.mask.sum(1).tolist(), words.turn_ids.tolist()
-        questions = []
-        for row, count in enumerate(counts):
-            question = [place for place in range(count) if turns[row][place] == 1] or list(range(count))
-            questions.append(question[-self.max_pieces // 2 :])
-        selected = [self.select(words, scores, number) for number in self.NUM_SELECTED]
-        longer = [
-            [(question + places)[: self.max_pieces] for question, places in zip(questions, few, strict=True)]
-            for few in selected
-        ]
-        return [questions, *longer, [list(range(max(count - self.max_pieces, 0), count)) for count in counts]]
+        """What is encoded of each prompt: places of the question, of it with 2 and 6 selected words, of all newest words."""
+        half, questions, newest = self.max_pieces // 2, [], []
+        for turns, count in zip(words.turn_ids.tolist(), words.mask.sum(1).tolist(), strict=True):
+            question = [place for place in range(count) if turns[place] == 1] or list(range(count))
+            questions.append(question[-half:])
+            newest.append(list(range(max(count - self.max_pieces, 0), count)))
+        few = [self.select(words, scores, number) for number in self.NUM_SELECTED]
+        longer = [[a + b[:half] for a, b in zip(questions, places, strict=True)] for places in few]
+        return [questions, *longer, newest]
 
     def _encode(self, words: Words, places: list[list[int]]) -> torch.Tensor:
         """The vectors of these words of each prompt, `(prompts, embedding_dim)`."""
@@ -360,12 +328,7 @@ class NativeRetrievalHead(nn.Module):
         return hidden_states[torch.arange(len(order), device=order.device)[:, None], order.clamp(min=0)], order >= 0
 
     def lexical(self, words: Words) -> torch.Tensor:
-        """
-        Vectors of plain texts from their words alone, L2-normalised, `(batch, embedding_dim)`.
-
-        Raises:
-            `ValueError`: for a head that reads no words.
-        """
+        """Vectors of plain texts, L2-normalised, `(batch, embedding_dim)`. Raises `ValueError` if the head reads no words."""
         if self.encoder is None:
             raise ValueError("a vector from words alone needs a word encoder; this model has word_vocab_size=None")
         return self.encoder(words.ids, words.mask & (words.mask.cumsum(1) <= self.max_pieces))

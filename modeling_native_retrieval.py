@@ -8,51 +8,30 @@ Ships to the Hub beside the configuration, the processor and the head; imports t
 """
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 try:  # on the Hub these files form a package; in the repository they are plain modules
-    from .cache_native_retrieval import QueryCache, generation_settings, token_rows
+    from .cache_native_retrieval import NativeRetrievalOutput, QueryCache, generation_settings, token_rows
     from .checkpoint_native_retrieval import ComposedModel
     from .configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
     from .head_native_retrieval import NativeRetrievalHead, Words
     from .messages_native_retrieval import as_conversations, is_one, last_question
     from .processing_native_retrieval import NativeRetrievalProcessor
 except ImportError:
-    from cache_native_retrieval import QueryCache, generation_settings, token_rows
+    from cache_native_retrieval import NativeRetrievalOutput, QueryCache, generation_settings, token_rows
     from checkpoint_native_retrieval import ComposedModel
     from configuration_native_retrieval import QUERY_MODES, NativeRetrievalConfig
     from head_native_retrieval import NativeRetrievalHead, Words
     from messages_native_retrieval import as_conversations, is_one, last_question
     from processing_native_retrieval import NativeRetrievalProcessor
 
-logger = logging.get_logger(__name__)
-
 NO_BACKBONE = "this model was loaded without its backbone; load it with one, or give hidden_states"
-
-
-@dataclass
-class NativeRetrievalOutput(ModelOutput):
-    """
-    query_embeddings (`torch.FloatTensor` of shape `(batch, embedding_dim)`): L2-normalised, in the teacher's space.
-    attributions (`torch.FloatTensor` of shape `(batch, tokens)`, *optional*): each token's share in the vector.
-    input_ids, attention_mask (`(batch, tokens)`): what the vectors were read from, padded on the left.
-    past_key_values (`QueryCache`, *optional*): the prompts' cache, for `generate` and for the next turn.
-    query_ids (`list[list[int]]`, *optional*): in `generated` mode, the query that was written.
-    """
-
-    query_embeddings: torch.FloatTensor | None = None
-    attributions: torch.FloatTensor | None = None
-    input_ids: torch.LongTensor | None = None
-    attention_mask: torch.LongTensor | None = None
-    past_key_values: Any = None
-    query_ids: list[list[int]] | None = None
 
 
 class NativeRetrievalModel(ComposedModel, GenerationMixin):
@@ -68,10 +47,7 @@ class NativeRetrievalModel(ComposedModel, GenerationMixin):
     vector = model.embed_query([{"role": "user", "content": "Who wrote Dune?"}])  # (1, embedding_dim)
     ```
 
-    Args:
-        config (`NativeRetrievalConfig`)
-        backbone (`PreTrainedModel`, *optional*): without it, the model takes hidden states only.
-        processor (`NativeRetrievalProcessor`, *optional*)
+    Without a `backbone`, the model takes hidden states only.
     """
 
     config_class = NativeRetrievalConfig
@@ -248,6 +224,9 @@ class NativeRetrievalModel(ComposedModel, GenerationMixin):
         words = None
         if self.query_head.encoder is not None:
             words = self.processor.read_words(cache.input_ids, cache.attention_mask, cache.words)
+            if queries is not None:  # a written query belongs to the question
+                written = readout_mask.cpu().gather(1, words.positions)
+                words = words._replace(turn_ids=words.turn_ids.masked_fill(written, 1))
         output = self(cache.input_ids, cache.attention_mask, readout_mask, cache.hidden_states, words)
         output.query_ids = queries
         return output
@@ -396,7 +375,7 @@ class NativeRetrievalModel(ComposedModel, GenerationMixin):
         if output.attributions is not None:  # not those of a written query
             output.attributions = output.attributions[:, : cache.input_ids.shape[1]]
         output.input_ids, output.attention_mask = cache.input_ids, cache.attention_mask
-        output.past_key_values = cache if return_cache else None
+        output.cache = cache if return_cache else None
         return output
 
     def extract_query(
@@ -406,15 +385,8 @@ class NativeRetrievalModel(ComposedModel, GenerationMixin):
         The last question and the earlier words that it needs, as text: for BM25, hybrid search, a search API, or an
         embedding model that no head was trained for. Nothing is generated.
 
-        Args:
-            queries, tools, template_kwargs: as of [`embed_query`].
-            num_words (`int`, defaults to 6): how many words of earlier turns are added at most.
-
-        Returns:
-            `str` for one query, `list[str]` for several.
-
-        Raises:
-            `ValueError`: for malformed input, or a model whose head selects no words.
+        Takes what [`embed_query`] takes; at most `num_words` are added. Returns `str` for one query, `list[str]` for several.
+        Raises `ValueError` for malformed input, or a head that selects no words.
         """
         pairs, texts = as_conversations(queries, tools), []
         for messages, own in pairs:

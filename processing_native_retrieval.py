@@ -161,8 +161,8 @@ class NativeRetrievalProcessor(ProcessorMixin):
         if not truncation:
             raise ValueError(f"the prompt has {len(input_ids)} tokens, over max_prompt_tokens={limit}; shorten it")
         logger.warning_once(
-            f"A prompt has {len(input_ids)} tokens, over max_prompt_tokens={limit}. Long tool results lose their middle, then "
-            "the oldest turns are dropped. (Said once.)"
+            f"A prompt is longer than max_prompt_tokens={limit}. Long tool results lose their middle, then the oldest turns are "
+            "dropped. (Said once.)"
         )
 
         def fits(messages: list[dict]) -> bool:

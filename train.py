@@ -64,10 +64,12 @@ def main(argv: list[str]) -> None:
     with checkpoints.alone_in(output_dir) if is_main else nullcontext():
         check_backbone(model_args)
         data = load_data(data_args)
-        sets, texts = training_sets(data, data_args), [*data.texts, *data.questions]
+        trains = args.max_steps > 0 or args.num_train_epochs > 0  # on conversations; plain text alone gives a head, too
+        sets, texts = training_sets(data, data_args) if trains else [], [*data.texts, *data.questions]
         if checkpoint or not model_args.read_words or not data_args.lexical_epochs:
             texts = []  # no lexical pre-training
-        check_batch(args, sum(len(queries) * queries.passes for queries in sets))
+        if trains:
+            check_batch(args, sum(len(queries) * queries.passes for queries in sets))
         lexical_args = lexical_arguments(args, data_args)
         if texts:
             check_batch(lexical_args, len(texts), "lexical_batch_size")
@@ -82,7 +84,9 @@ def main(argv: list[str]) -> None:
         set_seed(args.seed)  # the Trainer does it too, but the head is initialised before
         model = new_model(model_args, teacher, data.train).to(args.device)
         # All that runs the backbone comes before training, which may shard its weights.
-        examples = build_training_examples(model, teacher, sets, data_args, bool(args.consistency_weight))
+        examples = (
+            build_training_examples(model, teacher, sets, data_args, bool(args.consistency_weight)) if trains else None
+        )
         dev = {
             f"{queries.name}_{mode}": build_examples(model, teacher, dataclasses.replace(queries, mode=mode), data_args)
             for entry, queries in zip(data_args.dev_data, data.dev, strict=True)
@@ -93,15 +97,20 @@ def main(argv: list[str]) -> None:
 
         if texts:
             words = build_texts(model.processor, teacher, texts, "plain texts", data_args.augmentation_share)
-            print(f"The word encoder learns from {len(words)} plain texts", flush=True)
-            train_only(model, model.query_head.encoder)
-            NativeRetrievalTrainer(model, lexical_args, words, stage="Word encoder").train()
+            with checkpoints.kept_encoder(model, lexical_args, words, data_args.cache_dir) as is_kept:
+                if not is_kept:
+                    print(f"The word encoder learns from {len(words)} plain texts", flush=True)
+                    train_only(model, model.query_head.encoder)
+                    NativeRetrievalTrainer(model, lexical_args, words, stage="Word encoder").train()
 
-        print(f"Training on {len(examples)} examples: conversations, and some plain text", flush=True)
-        train_only(model, model.query_head.projection, model.query_head.encoder)
         info = training_info(argv, model_args, data_args, args, data)
         trainer = NativeRetrievalTrainer(model, args, examples, dev or None, info, "Conversations", started)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if trains:
+            print(f"Training on {len(examples)} examples: conversations, and some plain text", flush=True)
+            train_only(model, model.query_head.projection, model.query_head.encoder)
+            trainer.train(resume_from_checkpoint=checkpoint)
+        for weight in model.query_head.parameters():  # the saved head takes half of the bytes
+            weight.data.copy_(weight.data.bfloat16())
         if dev:
             trainer.log_metrics("dev", trainer.evaluate())
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from .cli import Parser
@@ -221,6 +222,8 @@ class NativeRetrievalTrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin batches in memory (for GPUs)."})
 
     def __post_init__(self):
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers asks for it by name
         super().__post_init__()
         weights = (self.alignment_weight, self.contrastive_weight, self.rank_weight)
         if min(*weights, self.consistency_weight) < 0 or not any(weights):
@@ -281,8 +284,9 @@ def lexical_arguments(
         code_learning_rate=4 * data.lexical_learning_rate,
         per_device_train_batch_size=data.lexical_batch_size,
         gradient_accumulation_steps=1,
+        contrastive_weight=0.0,
         rank_weight=0.0,
-        alignment_weight=training.alignment_weight or 1.0,
+        alignment_weight=1.0,
     )
 
 

@@ -1,5 +1,6 @@
 """What a training leaves: checkpoints of the head alone, the model, its card; and where it goes on after a stop."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from accelerate.utils import save_fsdp_optimizer
@@ -137,6 +139,38 @@ def alone_in(output_dir: Path) -> Iterator[None]:
         lock.release()
         if [path.name for path in output_dir.iterdir()] == ["_training.lock"]:
             shutil.rmtree(output_dir)
+
+
+@contextmanager
+def kept_encoder(model, args, texts, cache_dir: str | os.PathLike) -> Iterator[bool]:
+    """
+    Loads the word encoder that an earlier run has trained on the same texts with the same settings, and yields whether there
+    was one. If not, it keeps what the block trains.
+    """
+    encoder, digest = model.query_head.encoder, hashlib.sha256()
+    settings = (args.learning_rate, args.code_learning_rate, args.num_train_epochs, args.per_device_train_batch_size)
+    settings += (
+        args.world_size,
+        args.seed,
+        args.bf16,
+        args.alignment_weight,
+        args.weight_decay,
+        args.lr_scheduler_type,
+    )
+    digest.update(repr((settings, *((name, *weight.shape) for name, weight in encoder.named_parameters()))).encode())
+    for sequence in texts.sequences:
+        digest.update(np.asarray(sequence, dtype=np.int32).tobytes() + b"|")
+    digest.update(np.ascontiguousarray(texts.targets[:1000]).tobytes())
+    path = Path(cache_dir) / f"encoder-{digest.hexdigest()[:24]}.safetensors"
+    if is_kept := path.is_file():
+        encoder.load_state_dict(safetensors.torch.load_file(path))
+        print(f"Word encoder: taken from {path}, trained before on the same texts")
+    yield is_kept
+    if not is_kept and args.process_index == 0:
+        with atomic_write(path) as partial:
+            safetensors.torch.save_file(
+                {name: weight.detach().cpu() for name, weight in encoder.state_dict().items()}, partial
+            )
 
 
 class HeadCheckpoints(Trainer):

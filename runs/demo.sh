@@ -54,7 +54,7 @@ kept $model/README.md || run python train.py configs/demo.yaml \
 step "Compare with other ways to search, on the synthetic and on the handwritten test set"
 for name in synthetic handwritten; do
     output=$results/demo-$name-test.json
-    { [ $output -nt $model/README.md ] && kept $output; } || run python eval.py \
+    { [ -e $output ] && ! [ $output -ot $model/README.md ] && kept $output; } || run python eval.py \
         --model $model --data $data/$name --split test --index $index \
         --output $output --figures $results/figures --cache_dir $state/cache $evaluation
 done
