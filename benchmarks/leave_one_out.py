@@ -54,7 +54,7 @@ def recency(head: NativeRetrievalHead) -> None:
 
 def attention_weights(head: NativeRetrievalHead) -> torch.Tensor:
     """Of the learned score: those of each attention head, `(heads, 2)`, as the question and as the last tokens ask."""
-    return head.selection.score.weight[0, : -WordSelection.NUM_COUNTS].unflatten(0, (-1, 2))
+    return head.selection.score.weight[0, : 2 * len(head.selection.states)].unflatten(0, (-1, 2))
 
 
 def one_head(head: NativeRetrievalHead) -> None:

@@ -27,7 +27,7 @@ def world(make_taught_model, teacher_dir: Path, tmp_path_factory) -> SimpleNames
     model, _ = make_taught_model(selection_heads=HEADS, encoder_dim=32, encoder_code_dim=16, encoder_num_layers=1)
     with torch.no_grad():
         model.query_head.projection.linear_out.weight.normal_()  # as after training
-        model.query_head.selection.score.weight.copy_(torch.tensor([[0.1, 0.1, 0.5, 0.2, 0.1, -0.1, 0.0]]))
+        model.query_head.selection.score.weight[0, :4] = torch.tensor([0.1, 0.1, 0.5, 0.2])
     model.save_pretrained(folder / "model")
     write_local_paths(folder / "model", teacher=str(teacher_dir))
     for source in (*zero_shot.SETS.values(), "known"):
