@@ -6,7 +6,7 @@ Latency of a query, from the end of the prefill to the documents, in millisecond
 
 One conversation at several lengths, in bfloat16 and float32. The methods run in each round, in a random order, so that
 whatever slows the machine down slows all of them; the first rounds are dropped, and medians reported. All rounds of a length
-start from one prefill, whose cache no method changes. The copy path has read the older turns before, as in a conversation:
+start from one prefill, whose cache no method changes. The words of older turns have been read before, as in a conversation:
 the user's last turn is read each time, on the head's clock ("words" in the prefill's row is the time for all turns).
 
 For comparison: one decode step; the head on the states of the written query against the teacher on the same query, as in the
