@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo smoke test test-slow test-newest bench bench-quick serve-test serve-load faults mutations fuzz \
+.PHONY: help install demo demo-train smoke test test-slow test-newest bench bench-quick serve-test serve-load faults mutations fuzz \
 	load audit readme lint format clean
 
 help: ## List these targets
@@ -32,11 +32,15 @@ $(DEV) $(DEMO): $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(PIP_INSTALL) -e '.[$*]'
 	@touch $@ $(if $(filter dev,$*),$(DEMO))
 
-demo: $(DEMO) ## Train, evaluate and talk to a model on real weights, in minutes on a laptop
+demo: $(DEMO) ## Search and answer with the published head, on real weights, in a minute on a laptop
 	@bash runs/demo.sh
 
-smoke: $(DEMO) ## The same, tiny: a check that everything works together
+demo-train: $(DEMO) ## Train a head of your own, compare it with other ways to search, and talk to it, in minutes
+	@bash runs/demo.sh train
+
+smoke: $(DEMO) ## Both, tiny: a check that everything works together
 	@SMOKE=1 bash runs/demo.sh
+	@SMOKE=1 bash runs/demo.sh train
 
 test: $(DEV) ## Run the tests that need no network, in a process for each of up to four cores
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
@@ -62,7 +66,7 @@ test-newest: $(DEV) ## Run the tests of the shipped files with the newest transf
 	else $(NEWEST)/bin/python -m pytest -q $(SHIPPED) && echo "passed with transformers $$newest" || \
 		echo "make: WARNING: the tests above fail with transformers $$newest; $$pinned is pinned"; fi
 
-# What the benchmarks measure, e.g. `make bench MODEL=outputs/best`; what `make demo` has made by default.
+# What the benchmarks measure, e.g. `make bench MODEL=outputs/best`; what `make demo-train` has made by default.
 MODEL ?= .cache/demo/model
 INDEX ?= .cache/demo/index
 DATA ?= .cache/demo/data/synthetic

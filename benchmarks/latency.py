@@ -6,11 +6,11 @@ Latency of a query, from the end of the prefill to the documents, in millisecond
 
 One conversation at several lengths, in bfloat16 and float32. The methods run in each round, in a random order, so that
 whatever slows the machine down slows all of them; the first rounds are dropped, and medians reported. All rounds of a length
-start from one prefill, whose cache no method changes. The copy path has read the older turns before, as in a conversation:
+start from one prefill, whose cache no method changes. The words of older turns have been read before, as in a conversation:
 the user's last turn is read each time, on the head's clock ("words" in the prefill's row is the time for all turns).
 
-For comparison: one decode step; the head on the states of the written query against the teacher on the same query, as in the
-paper (its 21.8x is with a teacher of 8B); and the peak memory of a process that serves one method and nothing else.
+For comparison: one decode step; the head on the written query (its states if it has a projection head, else its words)
+against the teacher on the same query, as in the paper (its 21.8x is with a teacher of 8B); and the peak memory of a process that serves one method and nothing else.
 """
 
 import copy
@@ -129,10 +129,14 @@ class Methods:
     @torch.no_grad()
     def query_alone(self, written, query: list[int], clock) -> None:
         """The head and the teacher on the same written query."""
-        count = max(1, len(query))
-        states, mask = written.hidden_states[:, -count:], written.attention_mask[:, -count:].bool()
-        clock.time("head on the query", self.model.query_head.projection, states, mask)
-        clock.time("teacher on the query", self.teacher.encode, [self.model.tokenizer.decode(query) or "."])
+        count, text, head = max(1, len(query)), self.model.tokenizer.decode(query) or ".", self.model.query_head
+        if head.projection is not None:
+            part, read = head.projection, (written.hidden_states[:, -count:], written.attention_mask[:, -count:].bool())
+        else:
+            ids = torch.tensor(self.model.processor.encode_words([text]), device=written.input_ids.device)
+            part, read = head.encoder, (ids, torch.ones_like(ids, dtype=torch.bool))
+        clock.time("head on the query", part, *read)
+        clock.time("teacher on the query", self.teacher.encode, [text])
 
 
 def measure(model, teacher, index, tokens: int, dtype: str, rounds: int) -> list[dict]:

@@ -11,7 +11,6 @@ training collections only the train split is read: a conversation with a query o
 message as one, is left out, and so is every text that is a question or a rewrite of dev or test.
 """
 
-import ast
 import calendar
 import gzip
 import json
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bm25s.stopwords import STOPWORDS_EN_PLUS
 
+from benchmarks.text_sources import flat, package_texts, python_texts, sentences, wordnet_texts
 from native_retrieval.cli import CommandParser, one_line_errors
 
 LICENCES = {
@@ -43,35 +43,15 @@ OTHER_LICENCES = {
     "installed Python packages": "each package's own, mostly MIT, BSD and Apache-2.0",
 }
 FUNCTION_WORDS = frozenset(STOPWORDS_EN_PLUS)
-SENTENCE_END = re.compile(r"""(?<=[.!?])(?<!\b[A-Z]\.)(?<!\be\.g\.)(?<!\bi\.e\.)["')]?\s+(?=["'(A-Z0-9])""")
 WORD = re.compile(r"[A-Za-z0-9][\w'’.+#-]*[\w+#]|[A-Za-z0-9]")
 PERSON = re.compile(
     r"\((?:[^()]*\b(?:born|c\.) [^()]*|[^()]*\d+[^()]*[–-][^()]*\d+[^()]*)\)"
     r"[^.]{0,20}? (?:was|is) an? [^.]{0,60}?(?:er|or|ist|ian|man|poet|king|queen|ess|general|leader)\b"
 )
 CITY = re.compile(r"\b(?:is|was) (?:an?|the) [^.]{0,60}?\b(?:city|town|capital|village|municipality|metropolis)\b")
-RANKS = ("genus", "family", "order", "class", "subclass", "suborder", "subfamily", "superfamily", "phylum")
 MONTHS = calendar.month_name[1:]
-TEMPLATES = [line.strip() for line in """
-    who is {person} | who was {person}? | tell me about {thing} | Tell me more about {thing}. | what is {thing} | What is a {noun}?
-    what does {noun} mean | how do I {do} | How do I {do} in {package}? | how to {do} with {package} | and what about {thing}?
-    And {noun}? | find a tool that can {do} | search for {noun} in {city} | Search for {thing} in {package} | get {noun} by {noun}
-    book a {noun} in {city} | Book a table for {number} in {city} on {date} | {thing} vs {thing2} | {package} vs {package2}
-    difference between {noun} and {noun2} | What is the difference between {noun} and {noun2}? | when was {person} born?
-    Where is {city}? | how far is {city} from {city2} | flights from {city} to {city2} on {date} | weather in {city} on {date}
-    I need a {noun} in {city} for {number} people. | find me a {noun} near {city} | what happened on {date}? | history of {thing}
-    What did {person} do in {year}? | Did {person} ever live in {city}? | Was {person} older than {person2}? | {person} {noun}
-    which {noun} has the most {noun2} | how many {noun} are there in {city} | how much does a {noun} cost? | is {noun} a kind of {noun2}?
-    why is {thing} important | What are the symptoms of {noun}? | examples of {noun} | list of {noun} in {city} | best {noun} in {city}
-    {snake} | {camel} | call {snake} with {snake2} | what does {camel} do? | {snake}: {do} | {camel} {snake} error | TypeError in {snake}()
-    how do I use {snake} in {package}? | install {package} | install {package} version {number}.{number2} | {package} error: {do}
-    remind me to {do} on {date} | Can you {do}? | Please {do} for me. | I want to {do}. | Should I {do} before {date}? | tools to {do}
-    Yes, the one in {city}. | No, on {date} please. | The {noun}, not the {noun2}. | for {number} people at {time} | What about {year}?
-    Set the {noun} to {number} | show {noun} from {date} to {date2} | convert {number} {noun} to {noun2} | get the {noun} of {thing}
-    Retrieve {noun} details by {noun2} id | Returns the {noun} for a given {noun2}. | list all {noun} with {noun2} greater than {number}
-    Compare {thing} with {thing2}. | Who influenced {person}? | {person} and {person2} | {thing} in {year} | {noun} of {thing}
-    reviews of {noun} by {person} | play {thing} by {person} | {thing} ({noun}) | definition of {noun} | What does {person} think of {noun}?
-    """.replace("\n", "|").split("|") if line.strip()]  # fmt: skip
+MOST = 150_000  # texts of a kind that is made up
+TEMPLATES = Path(__file__).with_name("question_templates.txt").read_text(encoding="utf-8").splitlines()
 
 
 def rows(path: Path) -> Iterator[dict]:
@@ -82,19 +62,9 @@ def rows(path: Path) -> Iterator[dict]:
         yield from map(json.loads, lines)
 
 
-def flat(text: str) -> str:
-    return " ".join(text.replace("\u200b", "").split())
-
-
 def words(text: str) -> list[str]:
     """The words of a text that say something."""
     return [word for word in WORD.findall(text) if len(word) >= 3 and word.lower() not in FUNCTION_WORDS]
-
-
-def sentences(text: str, longest: int = 60) -> list[str]:
-    """Sentences of at least three words; of a longer one, its beginning."""
-    parts = (part.strip(" *#•-").split() for part in SENTENCE_END.split(flat(text)))
-    return [" ".join(part[:longest]) for part in parts if len(part) >= 3]
 
 
 def passages(parts: Iterable[str], rng: random.Random) -> Iterator[str]:
@@ -128,92 +98,6 @@ def conversations(data: Path) -> tuple[list[dict], set[str]]:
     closed = {row["conv"] for row in kept.values() if row["said"][0].lower() in firsts}
     queries = [row for row in kept.values() if row["conv"] not in closed]
     return queries, {text for text in forbidden if len(text.split()) >= 5}
-
-
-def python_texts(folders: list[Path], count: int, rng: random.Random) -> tuple[list[str], list[str], list[str]]:
-    """Docstrings, code and identifiers of Python files, and what the packages say of themselves."""
-    docs, code, identifiers = [], [], []
-    for file in sorted({file for folder in folders for file in folder.glob("**/*.dist-info/METADATA")}):
-        head, _, body = file.read_text(encoding="utf-8", errors="ignore").partition("\n\n")
-        name = re.search(r"^Name: (.+)$", head, re.M)
-        for summary in re.findall(r"^Summary: (.{8,})$", head, re.M):
-            docs += [summary, f"{name[1]}: {summary}"] if name else [summary]
-        prose = [line for line in re.split(r"\n\s*\n", body) if re.match(r"[A-Z][a-z]* [^<>|`=]{20,}$", line.strip())]
-        docs += [text for part in prose[:12] for text in sentences(part)]
-    files = {
-        file for folder in folders for file in folder.glob("**/*.py") if "test" not in str(file.relative_to(folder))
-    }
-    for file in rng.sample(sorted(files), min(count, len(files))):
-        try:
-            source = file.read_text(encoding="utf-8")
-            if not 200 < len(source) < 120_000:
-                continue
-            tree, lines = ast.parse(source), source.splitlines()
-        except (ValueError, SyntaxError, OSError, RecursionError):
-            continue
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-                continue
-            doc, is_class = ast.get_docstring(node), isinstance(node, ast.ClassDef)
-            body = node.body[1:] if doc else node.body
-            if body and not node.name.startswith("__"):
-                identifiers.append(node.name)
-                signature = lines[node.lineno - 1 : node.body[0].lineno - 1]
-                begun = [*signature, *lines[body[0].lineno - 1 : body[0].lineno + rng.randint(0, 6)]]
-                begun = " ".join(begun[: node.end_lineno - node.lineno + 1]).split()
-                code.append(" ".join(begun[: rng.randint(6, 40)]))
-            first = flat(doc.split("\n\n")[0]) if doc else ""
-            if len(first.split()) < 3 or node.name.startswith("__"):
-                continue
-            docs += [first] if len(first.split()) <= 60 else sentences(first)
-            start = (sentences(first) or [first])[0]
-            arguments = "" if is_class else ", ".join(a.arg for a in node.args.args if a.arg not in ("self", "cls"))
-            docs.append(f"{node.name}: {start}" if is_class else f"{node.name}({arguments}): {start}")
-            docs.append(f"{' '.join(split_identifier(node.name))} {start}")
-    return docs, code, identifiers
-
-
-def split_identifier(name: str) -> list[str]:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).replace("_", " ").lower().split()
-
-
-def wordnet_texts(folder: Path) -> tuple[list[str], list[str], list[str], list[str]]:
-    """Glosses with examples, all lemmas, nouns, and things to do, as in "hold your breath"."""
-    texts, lemmas, nouns, to_do = [], [], [], []
-    for part in ("noun", "verb", "adj", "adv"):
-        if not (file := folder / f"data.{part}").is_file():
-            raise ValueError(f"--wordnet: {file} is missing; name the folder with WordNet's data files")
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if line.startswith(" "):
-                continue
-            fields, _, gloss = line.partition(" | ")
-            fields = fields.split()
-            own = [w.partition("(")[0].replace("_", " ") for w in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
-            said = re.findall(r'"([^"]{8,})"', gloss)
-            meaning = flat(re.split(r'[;:]? *"', gloss)[0]).strip(" ;:")
-            texts += [meaning, *said, *(f"{lemma}: {meaning}" for lemma in own[:3])]
-            lemmas += own
-            nouns += [w for w in own[:2] if part == "noun" and w.islower() and w.split()[0] not in RANKS]
-            if part == "verb":
-                verbs = {lemma.split()[0] for lemma in own}
-                to_do += [text for text in said if text.split()[0] in verbs and 2 <= len(text.split()) <= 8]
-    return texts, lemmas, nouns, to_do
-
-
-def package_texts(files: list[Path]) -> tuple[list[str], list[str], list[str]]:
-    """Short descriptions and sentences of the long ones, passages, and names of packages."""
-    texts, long, names = [], [], []
-    for file in files:
-        for entry in file.read_text(encoding="utf-8").split("\n\n"):
-            found = re.match(r"Package: (\S+)\n(?:.*\n)*?Description-en: (.+)\n?((?: .*\n?)*)", entry)
-            if found:
-                name, short, rest = found.groups()
-                parts = [flat(part) for part in re.split(r"\n \.\n|\n +[*o-] ", rest)]
-                said = [text for part in parts for text in sentences(part)]
-                texts += [short, f"{name}: {short}", *said]
-                long.append(" ".join(said))
-                names.append(name)
-    return texts, long, names
 
 
 def filled_templates(fillings: dict[str, list[str]], rng: random.Random) -> Iterator[str]:
@@ -308,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     collection = Collection(forbidden)
     turns = [turn for row in queries for turn in [*row["said"], flat(row.get("rewrite") or "")]]
     collection.add("turns", (t for turn in turns for t in ([turn] if len(turn.split()) <= 60 else sentences(turn))))
-    collection.add("questions_with_words", questions_with_words(queries, rng), 150_000)
+    collection.add("questions_with_words", questions_with_words(queries, rng), MOST)
 
     leads = {row["title"]: flat(row["text"]) for row in rows(arguments.data / LEADS / "corpus.jsonl.gz")}
     documents = list(leads.items())
@@ -343,13 +227,13 @@ def main(argv: list[str] | None = None) -> None:
         "snake": [name for name in identifiers if "_" in name.strip("_")],
         "camel": [re.sub(r"_+([a-z])", lambda m: m[1].upper(), name.strip("_")) for name in identifiers if "_" in name.strip("_")],
     }  # fmt: skip
-    collection.add("templates", filled_templates(slots, rng), 150_000)
+    collection.add("templates", filled_templates(slots, rng), MOST)
     pool = [text for kind in ("turns", "corpus", "wordnet", "packages") for text in collection.kinds.get(kind, [])]
-    collection.add("keywords", keyword_bags(rng.sample(pool, len(pool)), names, rng), 150_000)
+    collection.add("keywords", keyword_bags(rng.sample(pool, len(pool)), names, rng), MOST)
     alone = [name for name in dict.fromkeys([*titles, *lemmas, *packages]) if len(name.split()) <= 4]
     lists = (" ".join(rng.sample(alone, rng.randint(2, 4))) for _ in range(50_000))
     several = [text for text in lists if len(text.split()) <= 6]
-    collection.add("names", [*rng.sample(alone, min(len(alone), 110_000)), *several], 150_000)
+    collection.add("names", [*rng.sample(alone, min(len(alone), 110_000)), *several], MOST)
     parts = [row["said"] for row in queries] + [said for _, said in split] + [sentences(text) for text in long]
     parts = [passages(part, rng) for part in parts for _ in range(4)]  # each cut in four ways
     collection.add("long", (text for part in rng.sample(parts, len(parts)) for text in part), 60_000)

@@ -1,7 +1,8 @@
 """
 Talk to an agent that searches before it answers, in a terminal: one model, one pass a turn.
 
-    python examples/agent.py                        # with what `make demo` has made
+    python examples/agent.py pretrained/smollm2-135m-minilm INDEX
+    python examples/agent.py                        # with what `make demo-train` has made
     python examples/agent.py MODEL INDEX            # your own
 """
 
@@ -17,6 +18,8 @@ def take_turn(agent: Agent, question: str) -> None:
     found = agent.search(question)
     milliseconds = ", ".join(f"{name} {spent:.0f} ms" for name, spent in found.milliseconds.items())
     print(f"Vector  [{' '.join(f'{number:+.3f}' for number in found.vector[:5])} ...], {len(found.vector)} numbers")
+    if agent.model.query_head.selection is not None:
+        print(f"Text    {agent.model.extract_prefilled(agent.cache, [agent.messages])[0]}")
     print(f"Found   {' | '.join(map(label, found.documents))} ({milliseconds})")
     print("Agent   ", end="")
     for piece in agent.answer():
@@ -29,9 +32,13 @@ def main() -> None:
     parser = CommandParser("agent.py", __doc__)
     parser.add_argument("model", nargs="?", default=".cache/demo/model", help="a trained model (default: %(default)s)")
     parser.add_argument("index", nargs="?", default=".cache/demo/index", help="its teacher's (default: %(default)s)")
+    parser.add_argument(
+        "--backbone", help="a copy of its language model on this machine, in place of the one that it names"
+    )
     parser.add_argument("--ask", nargs="+", metavar="QUESTION", help="ask these, and end")
     words = parser.parse_args()
-    agent = Agent(load_model(words.model), DocumentIndex.load(words.index))
+    options = {"backbone": words.backbone} if words.backbone else {}
+    agent = Agent(load_model(words.model, **options), DocumentIndex.load(words.index))
     if words.ask:
         for question in words.ask:
             print(f"\nYou     {question}")

@@ -2,7 +2,7 @@
 A web page to talk to the agent. For each turn it compares two searches: by the native query vector, and by a query that the
 language model writes and the teacher encodes.
 
-    python examples/app.py                          # the demo's model and index, on http://127.0.0.1:7860
+    python examples/app.py                          # what `make demo-train` has made, on http://127.0.0.1:7860
     python examples/app.py --model MODEL --index INDEX [--teacher TEACHER] [--port 7861]
 
 Conversations are stored in the browser and survive a refresh. The server keeps only the KV caches of open pages.

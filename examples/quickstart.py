@@ -1,7 +1,7 @@
 """
 From a conversation to documents.
 
-    python examples/quickstart.py                   # the demo's model and index
+    python examples/quickstart.py                   # what `make demo-train` has made
     python examples/quickstart.py MODEL INDEX       # your own
 """
 

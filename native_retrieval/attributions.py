@@ -1,4 +1,4 @@
-"""A figure of a conversation that shows which words the copy path copies into the query vector.
+"""A figure of a conversation that shows which of its words the query vector is made of.
 
 python -m native_retrieval.attributions --model outputs/qrecc --data data/handwritten --output words.png
 """
@@ -25,19 +25,17 @@ def word_weights(model: Any, messages: Messages) -> list[tuple[str, list[Word]]]
     """
     The turns of a conversation's prompt: (role, [(word, weight), ...]).
 
-    The weight of a word is the sum of the weights of its tokens; a word with a negative weight is subtracted. The absolute
-    weights of all tokens add up to 1.
+    The weight of a word is its share in the texts that the head encodes: the question, the question with a few selected
+    words, and the newest words of all turns. Weights are not negative, and all of a prompt's add up to 1.
 
     Raises:
-        `ValueError`: if the model has no copy path.
+        `ValueError`: if the model's head reads no words.
     """
-    if model.query_head.copy_path is None:
-        raise ValueError(
-            "the model has no copy path (copy_num_heads=0), so its words have no weights; use one with a copy path"
-        )
+    if model.query_head.encoder is None:
+        raise ValueError("this head reads no words (word_vocab_size=None), so they have no weights; use one that does")
     output = model.embed_query([messages], mode="context", return_attributions=True)
     ids, weights = output.input_ids[0].tolist(), output.attributions[0].float().tolist()
-    total = sum(map(abs, weights)) or 1.0
+    total = sum(weights) or 1.0
     special = set(model.processor.special_ids)
     parts: list[list[Word]] = [[]]  # of the prompt, between special tokens
     for token, weight in zip(ids, weights, strict=True):
@@ -61,7 +59,7 @@ def word_weights(model: Any, messages: Messages) -> list[tuple[str, list[Word]]]
 
 
 def draw_attributions(model: Any, conversations: Sequence[Messages], path: str | os.PathLike[str]) -> None:
-    """Draws conversations; the colour behind a word shows its weight: orange if it is added, blue if subtracted."""
+    """Draws conversations; the colour behind a word shows its weight: the darker, the more."""
     blocks = [
         [turn for turn in word_weights(model, messages) if turn[0] != "system" and turn[1]]
         for messages in conversations
@@ -70,10 +68,10 @@ def draw_attributions(model: Any, conversations: Sequence[Messages], path: str |
     height = LINE_HEIGHT * sum(len(block) + 1 for block in lines)
     width = CHARACTER_WIDTH * (LINE_CHARACTERS + 13)
     figure = Figure(figsize=(width, height))
-    colours = matplotlib.colormaps["PuOr_r"]
+    colours = matplotlib.colormaps["Oranges"]
     y = height
     for block in lines:
-        strongest = max((abs(weight) for _, line in block for _, weight in line), default=1.0) or 1.0
+        strongest = max((weight for _, line in block for _, weight in line), default=1.0) or 1.0
         before = None
         for role, line in block:
             y -= LINE_HEIGHT
@@ -82,8 +80,8 @@ def draw_attributions(model: Any, conversations: Sequence[Messages], path: str |
             before = role
             x = 11 * CHARACTER_WIDTH
             for word, weight in line:
-                share = np.clip(weight / strongest, -1, 1)
-                ground = colours(0.5 + 0.3 * share) if abs(share) > 0.03 else None
+                share = weight / strongest
+                ground = colours(0.6 * share) if share > 0.03 else None
                 _write(figure, word, x, y, "#222222", ground)
                 x += (len(word) + 1) * CHARACTER_WIDTH
         y -= LINE_HEIGHT

@@ -190,11 +190,11 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def demo(clone: Path, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+def demo(clone: Path, *act: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
     """The finished process, and the commands that it ran."""
     (clone / "commands").write_text("")
     environment = {"PATH": os.environ["PATH"], **environment}
-    done = subprocess.run(["bash", "runs/demo.sh"], cwd=clone, env=environment, capture_output=True, text=True)
+    done = subprocess.run(["bash", "runs/demo.sh", *act], cwd=clone, env=environment, capture_output=True, text=True)
     return done, (clone / "commands").read_text().splitlines()
 
 
@@ -203,30 +203,31 @@ def script(command: str) -> str:
     return command.removeprefix("-m ").split()[0]
 
 
-EVERY_STEP = ["native_retrieval.assets"] * 2 + [
-    "native_retrieval.synthesis",
-    "native_retrieval.build_index",
-    "train.py",
-]
-EVERY_STEP += ["eval.py", "eval.py", "examples/agent.py"]
+FIRST = ["native_retrieval.assets"] * 2 + ["native_retrieval.build_index"]
+TALK = "examples/agent.py"
+EVERY_STEP = [*FIRST, "native_retrieval.synthesis", "train.py", "eval.py", "eval.py", TALK]
 
 
 @pytest.mark.parametrize("size", [{}, {"SMOKE": "1"}])
 def test_the_demo_runs_every_step_once_and_skips_what_is_there(clone: Path, size: dict[str, str]):
     done, commands = demo(clone, **size)
     assert done.returncode == 0, done.stderr
-    assert [script(command) for command in commands] == EVERY_STEP
-    assert done.stdout.count("\n$ python ") == len(EVERY_STEP), "each command is shown"
-    again, commands = demo(clone, **size)
+    assert [script(command) for command in commands] == [*FIRST, TALK]
+    assert "pretrained/smollm2-135m-minilm" in commands[-1] and "--backbone" in commands[-1]
+    assert done.stdout.count("\n$ python ") == 4, "each command is shown"
+    done, commands = demo(clone, "train", **size)
+    assert done.returncode == 0, done.stderr
+    assert [script(command) for command in commands] == [*FIRST[:2], *EVERY_STEP[3:]]
+    again, commands = demo(clone, "train", **size)
     assert again.returncode == 0
-    assert [script(command) for command in commands] == [*EVERY_STEP[:2], EVERY_STEP[-1]]
+    assert [script(command) for command in commands] == [*FIRST[:2], TALK]
     assert again.stdout.count("Kept: ") == 5
 
 
 def test_a_small_run_writes_nothing_where_the_whole_one_does(clone: Path):
-    demo(clone, SMOKE="1")
+    demo(clone, "train", SMOKE="1")
     assert not (clone / "results").exists() and not (clone / ".cache" / "demo").exists()
-    done, commands = demo(clone)
+    done, commands = demo(clone, "train")
     assert done.returncode == 0
     assert [script(command) for command in commands] == EVERY_STEP
 
@@ -234,20 +235,20 @@ def test_a_small_run_writes_nothing_where_the_whole_one_does(clone: Path):
 def test_a_result_is_written_again_for_a_new_model(clone: Path):
     (clone / "results").mkdir()
     (clone / "results" / "demo-synthetic-test.json").touch()  # as in a new clone
-    _, commands = demo(clone)
+    _, commands = demo(clone, "train")
     assert [script(command) for command in commands].count("eval.py") == 2
     (clone / ".cache" / "demo" / "model" / "README.md").unlink()
-    _, commands = demo(clone)
+    _, commands = demo(clone, "train")
     assert [script(command) for command in commands[2:]] == ["train.py", "eval.py", "eval.py", "examples/agent.py"]
 
 
 @pytest.mark.parametrize("step", ["assets fetch", "synthesis", "build_index", "train.py", "handwritten-test.json"])
-@pytest.mark.parametrize(("size", "again"), [({}, "make demo"), ({"SMOKE": "1"}, "make smoke")])
+@pytest.mark.parametrize(("size", "again"), [({}, "make demo-train"), ({"SMOKE": "1"}, "make smoke")])
 def test_a_step_that_fails_ends_the_demo_in_one_line_and_is_the_next_to_run(clone: Path, step: str, size, again: str):
-    done, commands = demo(clone, FAIL_AT=step, **size)
+    done, commands = demo(clone, "train", FAIL_AT=step, **size)
     assert done.returncode != 0 and step in commands[-1]
     assert f"`{again}` goes on from here" in done.stderr and "\n" not in done.stderr.strip()
-    rest, more = demo(clone, **size)
+    rest, more = demo(clone, "train", **size)
     assert rest.returncode == 0
     assert commands[-1] in more
     kept = [command for command in more if command in commands[:-1] and "assets" not in command]
@@ -257,7 +258,7 @@ def test_a_step_that_fails_ends_the_demo_in_one_line_and_is_the_next_to_run(clon
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_the_running_command_and_its_children(clone: Path, number: signal.Signals):
-    environment = {"PATH": os.environ["PATH"], "WAIT_AT": "train.py"}
+    environment = {"PATH": os.environ["PATH"], "WAIT_AT": "build_index"}
     options = {"cwd": clone, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(["bash", "runs/demo.sh"], **options)
     deadline = time.monotonic() + 30
@@ -270,8 +271,8 @@ def test_a_signal_stops_the_running_command_and_its_children(clone: Path, number
 
 
 def test_the_real_commands_know_the_demos_flags(clone: Path):
-    commands = demo(clone)[1] + demo(clone, SMOKE="1")[1]
-    for name in ("train.py", "eval.py", "native_retrieval.synthesis", "native_retrieval.build_index"):
+    commands = [*demo(clone)[1], *demo(clone, "train")[1], *demo(clone, "train", SMOKE="1")[1]]
+    for name in (TALK, "train.py", "eval.py", "native_retrieval.synthesis", "native_retrieval.build_index"):
         words = [name] if name.endswith(".py") else ["-m", name]
         shown = subprocess.run(
             [sys.executable, *words, "--help"], cwd=REPOSITORY, capture_output=True, text=True
@@ -296,6 +297,7 @@ def make(folder: Path, *goals: str) -> str:
 def test_the_demo_installs_what_it_needs_and_no_more(tmp_path: Path):
     for goal, extra, other in (
         ("demo", "demo", "dev"),
+        ("demo-train", "demo", "dev"),
         ("smoke", "demo", "dev"),
         ("test", "dev", "demo"),
         ("lint", "dev", "demo"),

@@ -42,7 +42,7 @@ def small_world(tmp_path_factory, make_taught_model, backbone_dir, teacher_dir):
     model, teacher = make_taught_model(max_prompt_tokens=300)
     corpus = load_corpus(folder / "my_data")
     vectors = teacher.documents(corpus)
-    for model_dir in (".cache/demo/model", "outputs/mine", "outputs/best", "outputs/paper"):
+    for model_dir in ("pretrained/smollm2-135m-minilm", "outputs/mine", "outputs/best", "outputs/paper"):
         model.save_pretrained(folder / model_dir)
         config = json.loads((folder / model_dir / "config.json").read_text())
         config["teacher_name_or_path"] = str(teacher_dir)  # as a Hub id would be: it can be loaded by this name

@@ -472,6 +472,40 @@ def test_what_a_store_does_not_offer_is_refused_in_one_line(model):
     assert [document.page_content for document in asyncio.run(retriever.ainvoke(CONVERSATION))] == ["near"]
 
 
+def test_langchain_searches_by_text(langchain_store, model):
+    from langchain_core.documents import Document
+    from langchain_core.retrievers import BaseRetriever
+
+    from native_retrieval.integrations.langchain import NativeRetriever
+
+    class Words(BaseRetriever):
+        """Stands for BM25Retriever: the documents, and what they were asked with."""
+
+        def _get_relevant_documents(self, query, *, run_manager):
+            return [Document(query), Document("second"), Document("third")]
+
+    text = model.extract_query(CONVERSATION)
+    assert text.startswith(CONVERSATION[-1]["content"])
+    retriever = NativeRetriever(model=model, store=langchain_store, search="text", k=3)
+    wanted = langchain_store.similarity_search(text, k=3)
+    assert retriever.invoke(CONVERSATION) == asyncio.run(retriever.ainvoke(CONVERSATION)) == wanted
+    assert retriever.invoke(CONVERSATION, k=1) == wanted[:1]
+    words = NativeRetriever(model=model, store=Words(), search="text", k=2)
+    for found in (words.invoke(CONVERSATION), asyncio.run(words.ainvoke(CONVERSATION))):
+        assert [document.page_content for document in found] == [text, "second"]
+    for fields, said in (
+        ({"search": "words"}, "'words'"),
+        ({"store": Words(), "search": "vector"}, "search='text'"),
+        ({"store": Words(), "search_kwargs": {"filter": {}}}, "give 'filter' to it"),
+        ({"store": Words(), "search_type": "mmr"}, "give 'search_type' to it"),
+        ({"search_kwargs": {"fliter": {}}}, "did you mean 'filter'"),
+    ):
+        with pytest.raises(ValueError) as error:
+            NativeRetriever(**{"model": model, "store": langchain_store, "search": "text", **fields})
+        assert_one_line(error)
+        assert said in str(error.value)
+
+
 def test_what_llama_index_agents_say_is_read(model):
     pytest.importorskip("llama_index.core")
     from llama_index.core.base.llms.types import ChatMessage, MessageRole
@@ -560,6 +594,18 @@ def test_conversations_and_messages_of_any_shape_are_queries(model):
     for spelling in (QUESTIONS[0], message, [message], {"role": "user", "content": QUESTIONS[0]}):
         for query in (embeddings.query(spelling), asyncio.run(embeddings.aquery(spelling))):
             assert np.allclose(query.embedding, single, atol=1e-6) and query.query_str == QUESTIONS[0]
+
+
+def test_llama_index_searches_by_text(model):
+    pytest.importorskip("llama_index.core")
+    from native_retrieval.integrations.llama_index import NativeRetrievalEmbeddings
+
+    embeddings, text = NativeRetrievalEmbeddings(model), model.extract_query(CONVERSATION)
+    for query in (embeddings.query(CONVERSATION, "text"), asyncio.run(embeddings.aquery(CONVERSATION, search="text"))):
+        assert query.query_str == text and query.embedding is None
+    with pytest.raises(ValueError, match="wanted 'vector' or 'text'") as error:
+        embeddings.query(CONVERSATION, search="words")
+    assert_one_line(error)
 
 
 def test_blocks_of_llama_index_are_read():

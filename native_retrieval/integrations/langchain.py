@@ -9,7 +9,8 @@ LangChain: embeddings for any vector store, and a retriever whose query is the c
     store.add_texts(["Guernica is a painting by Pablo Picasso.", "Málaga is a port in Andalusia."])
     NativeRetriever(model=model, store=store).invoke([HumanMessage("Who painted Guernica?"), ...])
 
-If the store exists already, leave the teacher out: it is not loaded.
+If the store exists already, leave the teacher out: it is not loaded. With `search="text"` the store may hold any vectors, or
+be a retriever of texts such as BM25.
 """
 
 import difflib
@@ -24,7 +25,7 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import run_in_executor
 from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, InstanceOf, ValidationError
 
 from ..teacher import teacher_of
 from .messages import as_conversation, message_of
@@ -97,14 +98,16 @@ class NativeRetriever(BaseRetriever):
     """
     The documents of a vector store for a conversation, or for a single question; see [`conversation_of`].
 
-    It searches as `store.as_retriever()` does, by vector instead of by text. Arguments of `invoke`, such as `filter` and
-    `k`, go before `search_kwargs`, and these before `k`.
+    It searches as `store.as_retriever()` does, by the model's vector or by its text (`model.extract_query`). Arguments of
+    `invoke`, such as `filter` and `k`, go before `search_kwargs`, and these before `k`.
 
     Args:
         model (`NativeRetrievalModel`): a trained model.
-        store (`VectorStore`): holds the teacher's vectors; any store that can be searched by vector.
-        k (`int`): number of documents to return.
-        search_type (`str`): `"similarity"`, `"mmr"` or `"similarity_score_threshold"`, if the store has it by vector.
+        store (`VectorStore` or `BaseRetriever`): by vector, any store that holds the teacher's vectors; by text, any store,
+            whatever its embeddings, or any retriever of texts, such as `BM25Retriever`.
+        search (`str`): `"vector"` or `"text"`.
+        k (`int`): number of documents to return; of a retriever, which has a number of its own, at most.
+        search_type (`str`): `"similarity"`, `"mmr"` or `"similarity_score_threshold"`, if the store has it.
         search_kwargs (`dict`): further arguments of the store's search, such as `filter` or `score_threshold`.
 
     Raises:
@@ -112,7 +115,8 @@ class NativeRetriever(BaseRetriever):
     """
 
     model: Any
-    store: VectorStore
+    store: VectorStore | InstanceOf[BaseRetriever]
+    search: str = "vector"
     k: int = 5
     search_type: str = "similarity"
     search_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -133,25 +137,34 @@ class NativeRetriever(BaseRetriever):
         self._plan({})
 
     def _plan(self, given: dict[str, Any]) -> tuple[str, dict[str, Any], float | None]:
-        """The name of the store's method, its arguments, and the lowest score."""
-        arguments = {"k": self.k, **self.search_kwargs, **given}
+        """The name of the store's method, its arguments, and the lowest score of a search by vector."""
+        arguments, name = {"k": self.k, **self.search_kwargs, **given}, type(self.store).__name__
+        if self.search not in ("vector", "text"):
+            raise ValueError(f"search is {self.search!r}, wanted 'vector' or 'text'.")
         if self.search_type not in SEARCHES:
             raise ValueError(f"search_type is {self.search_type!r}, wanted one of {', '.join(SEARCHES)}.")
         if not isinstance(k := arguments["k"], int) or k < 1:
             raise ValueError(f"k is {k!r}, wanted at least 1; ask for the number of documents that you want back.")
+        if isinstance(self.store, BaseRetriever):
+            if self.search == "vector":
+                raise ValueError(f"{name} is a retriever of texts; give search='text', or a vector store.")
+            if others := [*(arguments.keys() - {"k"}), *["search_type"] * (self.search_type != "similarity")]:
+                raise ValueError(f"{name} is a retriever, and takes only k from here; give {others[0]!r} to it.")
+            return "invoke", arguments, None
         threshold = None
         if self.search_type == "similarity_score_threshold":
-            threshold = arguments.pop("score_threshold", None)
+            threshold = arguments.get("score_threshold")
             if not isinstance(threshold, int | float):
                 raise ValueError(
                     f"score_threshold is {threshold!r}, wanted a number from 0 to 1; give it in search_kwargs."
                 )
         known = _parameters(type(self.store))
-        for name in arguments.keys() - known:
-            if meant := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
-                raise ValueError(
-                    f"{type(self.store).__name__} has no search argument {name!r}; did you mean {meant[0]!r}?"
-                )
+        for given_name in arguments.keys() - known:
+            if meant := difflib.get_close_matches(given_name, known, n=1, cutoff=0.8):
+                raise ValueError(f"{name} has no search argument {given_name!r}; did you mean {meant[0]!r}?")
+        if self.search == "text":
+            return "search", {"search_type": self.search_type, **arguments}, None
+        arguments.pop("score_threshold", None)
         methods = [name for name in SEARCHES[self.search_type] if hasattr(self.store, name)]
         if not methods:
             raise self._refusal()
@@ -159,7 +172,7 @@ class NativeRetriever(BaseRetriever):
 
     def _refusal(self) -> ValueError:
         return ValueError(
-            f"{type(self.store).__name__} has no search of type {self.search_type!r} by vector, wanted one of "
+            f"{type(self.store).__name__} has no search of type {self.search_type!r} by {self.search}, wanted one of "
             f"{', '.join(SEARCHES)} that it has; give another search_type or store."
         )
 
@@ -171,13 +184,21 @@ class NativeRetriever(BaseRetriever):
         relevance = self.store._select_relevance_score_fn()
         return [document for document, score in found if relevance(score) >= threshold]
 
+    def _asked(self, conversation: list[dict[str, Any]]) -> str | list[float]:
+        """What the store is searched with."""
+        if self.search == "text":
+            return self.model.extract_query([conversation])[0]
+        return self.model.embed_query([conversation])[0].tolist()
+
     def _get_relevant_documents(
         self, query: Any, *, run_manager: CallbackManagerForRetrieverRun, **given: Any
     ) -> list[Document]:
         method, arguments, threshold = self._plan(given)
-        vector = self.model.embed_query([conversation_of(query)])[0].tolist()
+        asked = self._asked(conversation_of(query))
+        if isinstance(self.store, BaseRetriever):
+            return self.store.invoke(asked, {"callbacks": run_manager.get_child()})[: arguments["k"]]
         try:
-            return self._relevant(getattr(self.store, method)(vector, **arguments), threshold)
+            return self._relevant(getattr(self.store, method)(asked, **arguments), threshold)
         except NotImplementedError as error:
             raise self._refusal() from error
 
@@ -185,13 +206,15 @@ class NativeRetriever(BaseRetriever):
         self, query: Any, *, run_manager: AsyncCallbackManagerForRetrieverRun, **given: Any
     ) -> list[Document]:
         method, arguments, threshold = self._plan(given)
-        conversation = conversation_of(query)
-        vector = (await run_in_executor(None, self.model.embed_query, [conversation]))[0].tolist()
+        asked = await run_in_executor(None, self._asked, conversation_of(query))
+        if isinstance(self.store, BaseRetriever):
+            found = await self.store.ainvoke(asked, {"callbacks": run_manager.get_child()})
+            return found[: arguments["k"]]
         try:
             if hasattr(self.store, f"a{method}"):
-                found = await getattr(self.store, f"a{method}")(vector, **arguments)
+                found = await getattr(self.store, f"a{method}")(asked, **arguments)
             else:
-                found = await run_in_executor(None, getattr(self.store, method), vector, **arguments)
+                found = await run_in_executor(None, getattr(self.store, method), asked, **arguments)
             return self._relevant(found, threshold)
         except NotImplementedError as error:
             raise self._refusal() from error

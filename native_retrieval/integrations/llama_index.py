@@ -8,6 +8,7 @@ LlamaIndex: an embedding model for its indexes, whose query may be a conversatio
     embeddings = NativeRetrievalEmbeddings(model, teacher="sentence-transformers/all-MiniLM-L6-v2")
     index = VectorStoreIndex.from_documents([Document(text="Guernica is a painting ...")], embed_model=embeddings)
     index.as_retriever().retrieve(embeddings.query([ChatMessage("Who painted Guernica?"), ...]))
+    bm25_retriever.retrieve(embeddings.query([ChatMessage("Who painted Guernica?"), ...], search="text"))
 """
 
 import asyncio
@@ -71,15 +72,28 @@ class NativeRetrievalEmbeddings(BaseEmbedding):
     def class_name(cls) -> str:
         return "NativeRetrievalEmbeddings"
 
-    def query(self, messages: Any) -> QueryBundle:
-        """A conversation (or question), see [`conversation_of`], as a query for any retriever of LlamaIndex."""
+    def query(self, messages: Any, search: str = "vector") -> QueryBundle:
+        """
+        A conversation (or question), see [`conversation_of`], as a query for any retriever of LlamaIndex.
+
+        Args:
+            search (`str`): `"vector"` for a retriever over the teacher's vectors. `"text"` for any other, BM25 or an index
+                of another embedding model: the query is the text of `model.extract_query`, without a vector.
+
+        Raises:
+            `ValueError`: for no conversation, or another `search`.
+        """
+        if search not in ("vector", "text"):
+            raise ValueError(f"search is {search!r}, wanted 'vector' or 'text'.")
         conversation = conversation_of(messages)
+        if search == "text":
+            return QueryBundle(self._model.extract_query([conversation])[0])
         text = next((message["content"] for message in reversed(conversation) if message["content"].strip()), "")
         return QueryBundle(text, embedding=self._get_query_embedding(conversation))
 
-    async def aquery(self, messages: Any) -> QueryBundle:
+    async def aquery(self, messages: Any, search: str = "vector") -> QueryBundle:
         """As [`query`], in a thread."""
-        return await asyncio.to_thread(self.query, messages)
+        return await asyncio.to_thread(self.query, messages, search)
 
     def _get_query_embedding(self, query: Any) -> Embedding:
         return self._model.embed_query([conversation_of(query)])[0].tolist()
