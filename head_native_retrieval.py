@@ -72,6 +72,10 @@ class WordSelection(nn.Module):
         init.zeros_(self.bias)
         if self.norm is not None:
             init.ones_(self.norm)
+        # Until it is fitted: by attention, and before a word said long ago one said lately.
+        heads = 2 * len(self.states)
+        init.copy_(self.score.weight, torch.tensor([[1 / max(heads, 1)] * heads + [0.0, -1.0, 0.0]]))
+        init.zeros_(self.score.bias)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, words: Words) -> torch.Tensor:
         """
@@ -124,7 +128,7 @@ class WordSelection(nn.Module):
         positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         rows = torch.arange(batch, device=real.device)[:, None]
         seen = real[:, None] & (place <= at[..., None])
-        mass = []
+        mass = [torch.zeros(batch, 0, 2, tokens, device=real.device)]  # without a head
         for state in dict.fromkeys(self.states):
             heads = [head for head, its in enumerate(self.states) if its == state]
             states = hidden_states[:, :, state].to(self.query.dtype)
@@ -322,7 +326,7 @@ class NativeRetrievalHead(nn.Module):
             questions.append(question[-self.max_pieces // 2 :])
         selected = [self.select(words, scores, number) for number in self.NUM_SELECTED]
         longer = [
-            [(question + places)[: self.max_pieces] for question, places in zip(questions, few, strict=True)]
+            [[*dict.fromkeys(question + places)][: self.max_pieces] for question, places in zip(questions, few, strict=True)]
             for few in selected
         ]
         return [questions, *longer, [list(range(max(count - self.max_pieces, 0), count)) for count in counts]]
@@ -333,7 +337,7 @@ class NativeRetrievalHead(nn.Module):
         at = torch.tensor([row + [-1] * (width - len(row)) for row in places], device=words.ids.device)
         mask = at >= 0
         mask[:, 0] = True  # a prompt without a word
-        return self.encoder(words.ids.gather(1, at.clamp(min=0)), mask)
+        return self.encoder(words.ids.gather(1, at.clamp(min=0)) * (at >= 0), mask)
 
     def _attributions(self, words: Words, texts: list[list[list[int]]], tokens: int) -> torch.Tensor:
         """Each text's share, spread over its words: `(batch, tokens)`, 1 in sum."""

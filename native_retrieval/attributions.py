@@ -1,4 +1,4 @@
-"""A figure of a conversation that shows which words the copy path copies into the query vector.
+"""A figure of a conversation that shows which words the query vector is made of.
 
 python -m native_retrieval.attributions --model outputs/qrecc --data data/handwritten --output words.png
 """
@@ -25,15 +25,14 @@ def word_weights(model: Any, messages: Messages) -> list[tuple[str, list[Word]]]
     """
     The turns of a conversation's prompt: (role, [(word, weight), ...]).
 
-    The weight of a word is the sum of the weights of its tokens; a word with a negative weight is subtracted. The absolute
-    weights of all tokens add up to 1.
+    The weight of a word is the sum of the weights of its tokens; those of all tokens add up to 1.
 
     Raises:
-        `ValueError`: if the model has no copy path.
+        `ValueError`: if the model's head reads no words.
     """
-    if model.query_head.copy_path is None:
+    if model.query_head.encoder is None:
         raise ValueError(
-            "the model has no copy path (copy_num_heads=0), so its words have no weights; use one with a copy path"
+            "this head reads no words (word_vocab_size=None), so they have no weights; use a model with a word encoder"
         )
     output = model.embed_query([messages], mode="context", return_attributions=True)
     ids, weights = output.input_ids[0].tolist(), output.attributions[0].float().tolist()
@@ -61,7 +60,7 @@ def word_weights(model: Any, messages: Messages) -> list[tuple[str, list[Word]]]
 
 
 def draw_attributions(model: Any, conversations: Sequence[Messages], path: str | os.PathLike[str]) -> None:
-    """Draws conversations; the colour behind a word shows its weight: orange if it is added, blue if subtracted."""
+    """Draws conversations; the colour behind a word shows its weight."""
     blocks = [
         [turn for turn in word_weights(model, messages) if turn[0] != "system" and turn[1]]
         for messages in conversations

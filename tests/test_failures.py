@@ -1,4 +1,4 @@
-"""The page on failures, and the figure of the words that are copied."""
+"""The page on failures, and the figure of the words that a vector is made of."""
 
 import copy
 import re
@@ -99,7 +99,7 @@ def test_word_weights_are_the_models_own(tiny_model, template, tmp_path):
     if template:
         tokenizer = copy.deepcopy(tiny_model.tokenizer)
         tokenizer.chat_template = template
-        tiny_model.processor = NativeRetrievalProcessor(tokenizer)
+        tiny_model.processor = NativeRetrievalProcessor(tokenizer, tiny_model.processor.word_tokenizer)
     messages = [
         {"role": "user", "content": "When was the Arnwick Lighthouse founded?"},
         {"role": "assistant", "content": "In 1874."},
@@ -115,6 +115,6 @@ def test_word_weights_are_the_models_own(tiny_model, template, tmp_path):
     assert (tmp_path / "words.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_model_without_a_copy_path_has_no_word_weights(make_model):
-    with pytest.raises(ValueError, match="no copy path"):
-        word_weights(make_model(copy_num_heads=0), [{"role": "user", "content": "When was the bridge opened?"}])
+def test_a_head_that_reads_no_words_gives_them_no_weights(make_model):
+    with pytest.raises(ValueError, match="reads no words"):
+        word_weights(make_model(word_vocab_size=None), [{"role": "user", "content": "When was the bridge opened?"}])
