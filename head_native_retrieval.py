@@ -50,10 +50,7 @@ class WordSelection(nn.Module):
     A head that resolves "it" looks at what "it" is. `native_retrieval.heads` finds which do, once for each backbone.
     """
 
-    NUM_PIECES, NUM_TOKENS = (
-        48,
-        3,
-    )  # what asks: the question's newest pieces, and the last tokens, which have read it all
+    NUM_PIECES, NUM_TOKENS = 48, 3  # what asks: the question's newest pieces; the last tokens, which have read it all
 
     def __init__(self, config: NativeRetrievalConfig):
         super().__init__()
@@ -72,7 +69,8 @@ class WordSelection(nn.Module):
         init.zeros_(self.bias)
         if self.norm is not None:
             init.ones_(self.norm)
-        init.constant_(self.score.weight, 1 / max(2 * len(self.states), 1))
+        attention = 2 * len(self.states)  # until it is fitted: by the mean of these; without any, by how new a word is
+        init.copy_(self.score.weight, torch.tensor([[1 / max(attention, 1)] * attention + [float(not attention)]]))
         init.zeros_(self.score.bias)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, words: Words) -> torch.Tensor:
@@ -114,7 +112,8 @@ class WordSelection(nn.Module):
         shares = torch.stack((F.pad(newest > 0, (0, last.shape[1])), F.pad(last > 0, (newest.shape[1], 0))), dim=1)
         shares = shares / shares.sum(2, keepdim=True).clamp(min=1)
         positions, rows = (attention_mask.long().cumsum(1) - 1).clamp(min=0), torch.arange(len(at), device=at.device)
-        seen, mass = (real[:, None] & (place <= at[..., None]))[:, None], []
+        seen = (real[:, None] & (place <= at[..., None]))[:, None]
+        mass = [torch.zeros(len(at), 0, 2, len(place), device=place.device)]  # without a head
         for state in dict.fromkeys(self.states):
             heads = [head for head, own in enumerate(self.states) if own == state]
             states = hidden_states[:, :, state].to(self.query.dtype)
@@ -123,8 +122,6 @@ class WordSelection(nn.Module):
             queries = self._map(states[rows[:, None], at], self.query[heads], 0, heads, positions.gather(1, at))
             scores = (queries @ keys.mT).float() * keys.shape[-1] ** -0.5
             mass.append(shares[:, None] @ scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1))
-        if not mass:
-            return hidden_states.new_zeros(len(at), 0, len(place), dtype=torch.float32)
         return torch.cat(mass, dim=1).flatten(1, 2)
 
     def _map(self, states: torch.Tensor, weight: torch.Tensor, which: int, heads: list[int], positions: torch.Tensor):
@@ -292,7 +289,7 @@ class NativeRetrievalHead(nn.Module):
             questions.append(question[-half:])
             newest.append(list(range(max(count - self.max_pieces, 0), count)))
         few = [self.select(words, scores, number) for number in self.NUM_SELECTED]
-        longer = [[a + b[:half] for a, b in zip(questions, places, strict=True)] for places in few]
+        longer = [[[*dict.fromkeys(a + b[:half])] for a, b in zip(questions, places, strict=True)] for places in few]
         return [questions, *longer, newest]
 
     def _encode(self, words: Words, places: list[list[int]]) -> torch.Tensor:
@@ -301,7 +298,7 @@ class NativeRetrievalHead(nn.Module):
         at = torch.tensor([row + [-1] * (width - len(row)) for row in places], device=words.ids.device)
         mask = at >= 0
         mask[:, 0] = True  # a prompt without a word
-        return self.encoder(words.ids.gather(1, at.clamp(min=0)), mask)
+        return self.encoder(words.ids.gather(1, at.clamp(min=0)) * (at >= 0), mask)
 
     def _attributions(self, words: Words, texts: list[list[list[int]]], tokens: int) -> torch.Tensor:
         """Each text's share, spread over its words: `(batch, tokens)`, 1 in sum."""

@@ -10,6 +10,7 @@ import copy
 import os
 import re
 import threading
+import unicodedata
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import islice, pairwise
@@ -121,7 +122,7 @@ class NativeRetrievalProcessor(ProcessorMixin):
 
         Returns:
             `BatchFeature`: `input_ids`, `attention_mask` (`(batch, tokens)`); `word_ids`, `word_positions`, `word_mask`,
-            `turn_ids` (`(batch, words)`), see [`Words`].
+            `turn_ids`, `word_groups` (`(batch, words)`), see [`Words`].
         """
         pairs = as_conversations(conversations, tools)
         if not pairs:
@@ -129,7 +130,7 @@ class NativeRetrievalProcessor(ProcessorMixin):
         prompts = [self.encode(m, tools=t, truncation=truncation, **template_kwargs) for m, t in pairs]
         input_ids, attention_mask = self.pad(prompts)
         words = self.read_words(input_ids, attention_mask)
-        names = ("word_ids", "word_positions", "word_mask", "turn_ids")
+        names = ("word_ids", "word_positions", "word_mask", "turn_ids", "word_groups")
         return BatchFeature(
             {"input_ids": input_ids, "attention_mask": attention_mask, **dict(zip(names, words, strict=True))}
         )
@@ -324,6 +325,8 @@ class NativeRetrievalProcessor(ProcessorMixin):
     def spell(self, words: Words, row: int, places: list[int], messages: list[dict]) -> list[str]:
         """The words at these places of a prompt, spelt as they are in its messages."""
         said, spelt, group = "\n".join(strings([m["content"] for m in messages])), [], None
+        # Some word tokenizers leave out accents.
+        plain = "".join(unicodedata.normalize("NFD", character)[0] for character in said)
         for place in places:
             if words.groups[row, place] != group:
                 spelt.append([])
@@ -331,8 +334,9 @@ class NativeRetrievalProcessor(ProcessorMixin):
             spelt[-1].append(words.ids[row, place])
         for i, ids in enumerate(spelt):
             text = self.word_tokenizer.decode(torch.stack(ids)).strip()
-            found = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", said, re.IGNORECASE)
-            spelt[i] = found.group() if found else text
+            pattern = re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
+            found = pattern.search(said) or pattern.search(plain)
+            spelt[i] = said[slice(*found.span())] if found else text
         return spelt
 
     def _turn_ids(self, input_ids: torch.LongTensor, real: torch.BoolTensor) -> torch.LongTensor:
@@ -391,8 +395,9 @@ def _stem(word: str) -> str:
         return ""
     if word.endswith("ies") and len(word) > 5:
         return word[:-3] + "y"
-    ending = next((ending for ending in ("es", "s") if word.endswith(ending) and len(word) > len(ending) + 2), "")
-    return word.removesuffix(ending)
+    if len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
+        return word
+    return word[:-2] if word.endswith(("sses", "shes", "ches", "xes", "zes")) else word[:-1]
 
 
 def _any_of(tokens: list[str | None]) -> re.Pattern:

@@ -44,14 +44,19 @@ class Maps:
     def __init__(self, backbone: nn.Module):
         base = backbone.base_model
         self.base, self.config = base, backbone.config.get_text_config()
+        first, kind = getattr(base, "layers", [None])[0], type(base).__name__
         try:
-            first = base.layers[0]
-            _ = first.self_attn.q_proj.weight, first.self_attn.k_proj.weight, first.input_layernorm.weight
+            _ = [(b.self_attn.q_proj.weight, b.self_attn.k_proj.weight, b.input_layernorm.weight) for b in base.layers]
         except AttributeError as error:
-            raise ValueError(f"{type(base).__name__} has no layers with q_proj, k_proj and input_layernorm") from error
+            raise ValueError(f"{kind} has no layers with q_proj, k_proj and input_layernorm") from error
         self.width = (
             getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         )
+        if first.self_attn.q_proj.weight.shape[0] != self.config.num_attention_heads * self.width:
+            raise ValueError(f"{kind} has other queries in q_proj than those of its attention heads")
+        weight = first.input_layernorm.weight
+        if first.input_layernorm(torch.eye(1, len(weight), dtype=weight.dtype, device=weight.device))[0, 1:].any():
+            raise ValueError(f"{kind} does not divide states by their root mean square alone")
         self.qk_norm = getattr(first.self_attn, "q_norm", None) is not None
 
     @property
@@ -63,7 +68,12 @@ class Maps:
     @torch.no_grad()
     def copy_into(self, selection: WordSelection, heads: Sequence[Sequence[int]]) -> None:
         """Copies the maps of these heads, with the norms before them folded in."""
+        depth, count = self.config.num_hidden_layers, self.config.num_attention_heads
         for place, (layer, head) in enumerate(heads):
+            if not (0 <= layer < depth and 0 <= head < count):
+                raise ValueError(
+                    f"selection_heads has [{layer}, {head}]; the backbone has layers 0 to {depth - 1}, heads 0 to {count - 1}"
+                )
             block = self.base.layers[layer]
             attention, device = block.self_attn, block.input_layernorm.weight.device
             gain = block.input_layernorm(torch.ones(1, self.config.hidden_size, device=device).to(self.base.dtype))[

@@ -17,7 +17,7 @@ from modeling_native_retrieval import NativeRetrievalModel
 from processing_native_retrieval import NativeRetrievalProcessor
 
 from .cli import nearest
-from .heads import Maps, calibrate_all, choose, fit_score
+from .heads import NUM_HEADS, Maps, calibrate_all, choose, fit_score
 
 # The WordPiece vocabulary of BERT (uncased) and MiniLM: 30,522 pieces, for any teacher. Apache-2.0.
 WORDPIECE = Path(__file__).with_name("wordpiece.json")
@@ -94,12 +94,17 @@ def from_backbone(
     maps, calibrations = None, []
     if reads_words:
         maps = _maps(backbone)
+    named = config_fields.pop("selection_heads", None)
+    if named and reads_words and maps is None:
+        raise ValueError(f"selection_heads={named} cannot be copied from this backbone; leave them out")
     if maps is not None:
         config_fields |= {"selection_head_dim": maps.width, "selection_qk_norm": maps.qk_norm}
+        config_fields["selection_heads"] = named
         if rewrites:
-            heads = config_fields.get("selection_heads") or maps.heads
+            heads = sorted(map(list, named or maps.heads))
             calibrations = calibrate_all(backbone, processor, maps, heads, rewrites)
-            config_fields["selection_heads"], calibrations = choose(calibrations, heads)
+            count = len(heads) if named else NUM_HEADS
+            config_fields["selection_heads"], calibrations = choose(calibrations, heads, count)
     config = NativeRetrievalConfig(**config_fields)
     model = NativeRetrievalModel(config, backbone, processor)
     head = model.query_head

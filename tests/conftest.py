@@ -37,11 +37,12 @@ from transformers import (  # noqa: E402
     Qwen3Config,
 )
 
-from head_native_retrieval import ZeroInitLinear  # noqa: E402
 from modeling_native_retrieval import NativeRetrievalModel  # noqa: E402
 from native_retrieval.initialise import from_backbone  # noqa: E402
 
 FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "gpt2", "qwen3_5")
+WITH_HEADS = FAMILIES[:4]  # whose attention heads can be copied
+SELECTION_HEADS = [[1, 0], [2, 1]]
 # Shorter than any prompt with a history in it, so that what a sliding window changes is seen.
 SLIDING_WINDOW = 8
 CONTEXT = 512
@@ -182,11 +183,12 @@ def make_model(
     ) -> NativeRetrievalModel:
         fields = {
             "head_dim": 32,
-            "head_num_layers": 2,
+            "head_num_layers": 1,
             "head_num_attention_heads": 4,
-            "copy_num_heads": 2,
-            "copy_head_dim": 8,
+            "encoder_dim": 32,
+            "encoder_code_dim": 16,
             "max_query_tokens": 8,
+            **({"selection_heads": SELECTION_HEADS} if family in WITH_HEADS else {}),
             **({} if teacher is not None else {"embedding_dim": 32}),
             **fields,
         }
@@ -430,13 +432,8 @@ def stir(model: NativeRetrievalModel) -> NativeRetrievalModel:
     """Makes every part of an untrained head count: those that start at zero would hide what goes wrong before them."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(3)
-        for module in model.query_head.modules():
-            if isinstance(module, ZeroInitLinear):
-                module.weight.normal_(std=module.in_features**0.5)
         for parameter in model.query_head.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
-        if model.query_head.copy_path is not None:
-            model.query_head.copy_path.repulsion.threshold.fill_(-0.5)
     return model
 
 

@@ -61,7 +61,10 @@ model = from_backbone(
     head_dim=32,
     head_num_attention_heads=4,
     head_dropout=0.0,
-    copy_num_heads=2,
+    head_num_layers=1,
+    encoder_dim=32,
+    encoder_code_dim=16,
+    selection_heads=[[1, 0], [2, 1]],
     max_query_tokens=8,
 )
 task = load_task(data, "train")
@@ -70,7 +73,7 @@ cached_queries(model, [model.processor.encode(messages) for messages in task.que
 
 def build(count: int, changed=None, unchanged=None) -> RetrievalExamples:
     queries = QuerySet("train", task.queries.select(range(count)), task.corpus, changed=changed)
-    settings = DataArguments(cache_dir=str(folder / "cache"), num_hard_negatives=2, target_repulsion_threshold=1)
+    settings = DataArguments(cache_dir=str(folder / "cache"), num_hard_negatives=2)
     examples = build_examples(model, teacher, queries, settings, unchanged)
     examples.num_hard_negatives = examples.hard_negatives.shape[1]  # all of the pool: which are drawn must not differ
     return examples

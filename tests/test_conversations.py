@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from messages_native_retrieval import ROLES, check_messages, clean_messages
 from native_retrieval.conversations import (
-    earlier_answers,
     full_history,
     last_question,
     num_user_turns,
@@ -53,18 +52,13 @@ def test_turns_are_texts_without_instructions_and_empty_messages():
     assert full_history([AGENT[0]], len, None) == ""
 
 
-def test_earlier_answers_leave_out_the_last_message():
-    assert earlier_answers(AGENT) == earlier_answers(AGENT[:6]) == ["Pablo Picasso."]
-    assert earlier_answers(AGENT[:5]) == earlier_answers([]) == []
-
-
 def test_user_turns_are_counted():
     assert num_user_turns(AGENT) == 3 and num_user_turns([]) == 0
 
 
 def test_a_refusal_is_an_answer():
     messages = [AGENT[5], {"role": "assistant", "content": None, "refusal": "I cannot say."}, AGENT[5]]
-    assert earlier_answers(messages) == ["I cannot say."]
+    assert turns(messages)[1] == "I cannot say."
 
 
 def test_an_image_leaves_a_mark():
@@ -121,7 +115,7 @@ def test_every_shape_is_taken_or_named_and_is_left_as_it_was(messages: list[dict
         message["content"].encode()
         assert "\0" not in message["content"]
     assert clean_messages(cleaned) == cleaned
-    for helper in (turns, earlier_answers, last_question):
+    for helper in (turns, last_question):
         assert helper(messages) == helper(cleaned)
     assert full_history(messages, len, None) == "\n".join(turns(messages))
     assert messages == before

@@ -1,4 +1,4 @@
-"""The page on failures, and the figure of the words that are copied."""
+"""The page on failures, and the figure of the words that a vector is made of."""
 
 import copy
 import re
@@ -99,7 +99,7 @@ def test_word_weights_are_the_models_own(tiny_model, template, tmp_path):
     if template:
         tokenizer = copy.deepcopy(tiny_model.tokenizer)
         tokenizer.chat_template = template
-        tiny_model.processor = NativeRetrievalProcessor(tokenizer)
+        tiny_model.processor = NativeRetrievalProcessor(tokenizer, tiny_model.processor.word_tokenizer)
     messages = [
         {"role": "user", "content": "When was the Arnwick Lighthouse founded?"},
         {"role": "assistant", "content": "In 1874."},

@@ -159,7 +159,7 @@ def test_a_folder_of_another_kind_is_no_head(backbone_dir: Path):
 def test_a_saved_model_replaces_all_of_the_one_before(make_taught_model, tmp_path: Path):
     folder = tmp_path / "model"
     make_taught_model()[0].save_pretrained(folder, max_shard_size="20KB")  # many files
-    model, _ = make_taught_model(copy_num_heads=0)
+    model, _ = make_taught_model(word_vocab_size=None)
     saved(model, folder)
     assert sorted(path.name for path in folder.glob("*.safetensors")) == ["model.safetensors"]
     assert not [path.name for path in folder.iterdir() if path.name.startswith("_") or path.suffix == ".bin"]

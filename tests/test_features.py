@@ -185,7 +185,7 @@ def test_other_backbones_layers_and_sequences_have_files_of_their_own(
     models = [
         make_model(),
         make_model(backbone=make_backbone("llama", seed=1)),
-        make_model(hidden_state_layers=[1, 3], copy_layer=3),
+        make_model(hidden_state_layers=[1, 2, 3]),
         make_model("qwen3"),
     ]
     for model in models:

@@ -53,7 +53,7 @@ def trained(tmp_path_factory, backbone_dir, teacher_dir, beir_data):
     with serve(Hub(drop)) as hub:
         words = ["train.py", "--backbone", backbone_dir, "--teacher", teacher_dir, "--train_data", beir_data]
         words += ["--dev_data", beir_data, "--plain_text", beir_data, "--output_dir", folder / "out", "--use_cpu"]
-        words += ["--cache_dir", folder / "cache", "--head_dim", "32", "--copy_num_heads", "2", "--disable_tqdm", "1"]
+        words += ["--cache_dir", folder / "cache", "--head_dim", "32", "--encoder_dim", "32", "--disable_tqdm", "1"]
         words += [
             "--max_prompt_tokens",
             "256",

@@ -7,7 +7,7 @@ from datasets import Dataset
 from native_retrieval.conversations import full_history, last_question, turns
 from native_retrieval.data import Task, load_task
 from native_retrieval.index import DocumentIndex
-from native_retrieval.methods import METHODS, Comparison
+from native_retrieval.methods import METHODS, Comparison, fused
 
 
 @pytest.fixture
@@ -77,7 +77,11 @@ def test_each_query_alone_gives_the_vector_of_the_batch(comparison, stub_teacher
             alone = method.query(i, comparison.prefill(i) if method.reads_prompt else None)
             if name.startswith("bm25"):
                 assert alone.shape == (len(comparison.index),)
-            elif name.startswith("native"):
+            elif name in ("rank-fusion", "hybrid"):
+                for part, seen in zip(method.parts, alone, strict=True):
+                    wanted = comparison.methods[part].query(i, comparison.prefill(i))
+                    np.testing.assert_allclose(seen, wanted, atol=1e-5)
+            elif name.startswith("native") or name == "teacher-mean":
                 np.testing.assert_allclose(alone, method.vectors()[i], atol=1e-5)
             else:
                 np.testing.assert_allclose(alone, stub_teacher.encode(method.texts)[i], atol=1e-6)
@@ -118,6 +122,36 @@ def test_the_question_is_appended_to_the_written_query(comparison):
     longer = comparison.methods["generate-then-encode+question"].texts
     assert plain == comparison.written.queries
     assert longer == [f"{query} {question}" for query, question in zip(plain, comparison.last_questions, strict=True)]
+
+
+def test_ranks_are_fused_and_not_scores():
+    runs = [{"q": {"a": 9.0, "b": 1.0, "c": 0.5}}, {"q": {"b": 0.1, "d": 0.2}}]
+    wanted = {"a": 1 / 61, "b": 1 / 62 + 1 / 62, "c": 1 / 63, "d": 1 / 61}
+    assert fused(runs) == {"q": pytest.approx(wanted)}
+    assert fused(runs[:1]) == {"q": pytest.approx({"a": 1 / 61, "b": 1 / 62, "c": 1 / 63})}
+
+
+def test_methods_that_are_made_of_others(comparison, stub_teacher, task, index):
+    runs = comparison.runs()
+    for name, parts in (
+        ("rank-fusion", ("last-question", "full-history")),
+        ("hybrid", ("native-context", "bm25-selected-words")),
+    ):
+        assert runs[name] == fused([runs[part] for part in parts])
+    vectors = comparison.methods["teacher-mean"].vectors()
+    texts = [comparison.methods[name].texts for name in ("last-question", "full-history")]
+    wanted = sum(map(stub_teacher.encode, texts))
+    np.testing.assert_allclose(vectors, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-6)
+    # Alone, without the rows of their parts.
+    few = Comparison(comparison.model, stub_teacher, index, task.queries, ["rank-fusion", "teacher-mean"], 4)
+    assert few.runs() == {name: runs[name] for name in ("rank-fusion", "teacher-mean")}
+
+
+def test_selected_words_are_those_of_extract_query(comparison, tiny_model, stub_teacher):
+    texts = tiny_model.extract_query(comparison.messages)
+    assert comparison.extracted == texts != comparison.last_questions
+    assert comparison.methods["selected-words"].texts == comparison.methods["bm25-selected-words"].texts == texts
+    np.testing.assert_allclose(comparison.methods["selected-words"].vectors(), stub_teacher.encode(texts), atol=1e-6)
 
 
 def test_last_question_is_the_users_whoever_spoke_last():

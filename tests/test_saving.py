@@ -23,7 +23,8 @@ import json, sys
 from transformers import AutoModel
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert "native_retrieval" not in sys.modules
-print(json.dumps(model.embed_query(json.loads(sys.argv[2])).tolist()))
+conversations = json.loads(sys.argv[2])
+print(json.dumps([model.embed_query(conversations).tolist(), model.extract_query(conversations)]))
 """
 
 
@@ -56,7 +57,9 @@ def test_a_fresh_process_without_the_project_gives_the_same_vectors(trained, sav
     words = [sys.executable, "-c", FRESH, str(saved), json.dumps(CONVERSATIONS)]
     process = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
-    assert_close(torch.tensor(json.loads(process.stdout.splitlines()[-1])), trained.embed_query(CONVERSATIONS))
+    vectors, texts = json.loads(process.stdout.splitlines()[-1])
+    assert_close(torch.tensor(vectors), trained.embed_query(CONVERSATIONS))
+    assert texts == trained.extract_query(CONVERSATIONS) and max(map(len, texts)) > 40
 
 
 def test_the_folder_holds_the_head_the_code_and_an_ordinary_backbone(trained, saved):
@@ -150,7 +153,7 @@ def test_a_change_is_told_at_load(part, saved, heard):
     else:
         path = (saved if part == "head" else saved / "backbone") / "model.safetensors"
         weights = load_file(path)
-        name = next(n for n in weights if n.endswith(("token_values.weight", "embed_tokens.weight")))
+        name = next(n for n in weights if n.endswith(("codes.weight", "embed_tokens.weight")))
         weights[name] = torch.randn_like(weights[name])
         save_file(weights, path, metadata={"format": "pt"})
     load(saved)
@@ -171,13 +174,15 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["/home/al ice/m", "../x/b", "~/m", "C:\\x y\\m", "./m/", "a/b/c"])
 def test_a_local_path_is_cut_to_its_name(name):
-    published = NativeRetrievalConfig(backbone_name_or_path=name, teacher_name_or_path=name).to_json_string()
+    published = NativeRetrievalConfig(
+        backbone_name_or_path=name, teacher_name_or_path=name, head_num_layers=1
+    ).to_json_string()
     assert name not in json.loads(published).values()
     assert not any(part in published for part in ("al ice", "x y", "~", ".."))
 
 
 def test_a_hub_id_is_published_and_survives():
-    config = NativeRetrievalConfig(teacher_name_or_path="sentence-transformers/all-MiniLM-L6-v2", head_dim=64)
+    config = NativeRetrievalConfig(teacher_name_or_path="sentence-transformers/all-MiniLM-L6-v2", word_vocab_size=9)
     again = NativeRetrievalConfig(**json.loads(config.to_json_string()))
     assert again.teacher_name_or_path == config.teacher_name_or_path
     assert again.to_dict() == config.to_dict()
@@ -189,16 +194,20 @@ def test_a_hub_id_is_published_and_survives():
         ({"query_mode": "psychic"}, "query_mode='psychic'"),
         ({"head_dim": 0}, "head_dim=0"),
         ({"head_dim": 30, "head_num_attention_heads": 4}, "a multiple of"),
-        ({"copy_num_heads": -1}, "copy_num_heads=-1"),
-        ({"copy_vocab_size": 0}, "copy_vocab_size=0"),
+        ({"word_vocab_size": 0}, "word_vocab_size=0"),
+        ({}, "leave the head nothing to read"),
+        ({"encoder_dim": 48}, "encoder_dim=48 must be a multiple of 32"),
+        ({"encoder_num_layers": -1}, "encoder_num_layers=-1"),
+        ({"encoder_code_dim": 0}, "encoder_code_dim=0"),
         ({"head_dropout": 1.0}, "head_dropout=1.0"),
         ({"hidden_state_layers": []}, "is empty"),
         ({"hidden_state_layers": [99]}, r"\[99\]"),
-        ({"hidden_state_layers": [3], "copy_layer": 4}, "copy_layer=4"),
+        ({"hidden_state_layers": [3], "selection_heads": [[4, 0]]}, r"selection_heads \[\[4, 0\]\]"),
         ({"store_backbone": False}, "needs backbone_name_or_path"),
     ],
 )
 def test_bad_configs(fields, message):
+    reads = {} if fields == {} else {"head_num_layers": 1}
     with pytest.raises(ValueError, match=message) as error:
-        NativeRetrievalConfig(**fields)
+        NativeRetrievalConfig(**{**reads, **fields})
     assert_one_line(error)
