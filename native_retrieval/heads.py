@@ -61,9 +61,9 @@ class Maps:
 
     @property
     def heads(self) -> list[list[int]]:
-        """Layer and number of every head of the upper two thirds of the backbone, in order."""
+        """Layer and number of every head from a third to four fifths of the depth, in order: those behind need not run."""
         depth, count = self.config.num_hidden_layers, self.config.num_attention_heads
-        return [[layer, head] for layer in range(depth // 3, depth) for head in range(count)]
+        return [[layer, head] for layer in range(depth // 3, 4 * depth // 5 + 1) for head in range(count)]
 
     @torch.no_grad()
     def copy_into(self, selection: WordSelection, heads: Sequence[Sequence[int]]) -> None:
