@@ -60,7 +60,8 @@ class WordSelection(nn.Module):
         self.key = nn.Parameter(torch.empty(heads, width, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(2, heads, width))
         self.norm = nn.Parameter(torch.empty(2, heads, width)) if config.selection_qk_norm else None
-        self.register_buffer("frequencies", torch.zeros(heads, width // 2))
+        # Of float32, as integers: `.half()` of a model would round them, and a thousand tokens away that is another angle.
+        self.register_buffer("frequencies", torch.zeros(heads, width // 2, dtype=torch.int32))
         self.score = nn.Linear(2 * heads + 1, 1)
 
     def reset_parameters(self) -> None:
@@ -129,7 +130,7 @@ class WordSelection(nn.Module):
         mapped = torch.einsum("bth,nwh->bntw", states, weight) + self.bias[which, heads][:, None]
         if self.norm is not None:
             mapped = F.rms_norm(mapped, mapped.shape[-1:], eps=1e-6) * self.norm[which, heads][:, None]
-        angle = positions[:, None, :, None] * self.frequencies[heads][:, None].float()
+        angle = positions[:, None, :, None] * self.frequencies[heads][:, None].view(torch.float32)
         cos, sin = angle.cos().to(mapped.dtype), angle.sin().to(mapped.dtype)
         first, second = mapped.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -95,7 +95,7 @@ class Maps:
                     factor = 1.0
                 (selection.query, selection.key)[which][place] = weight[order] * factor
                 selection.bias[which, place] = bias.to(weight.device)[order] * factor
-            selection.frequencies[place] = frequencies
+            selection.frequencies[place] = frequencies.view(torch.int32)
 
     def _rotation(self, layer: int, attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """The order of a head's rows that pairs the first half with the second, and how fast each pair turns."""
