@@ -326,7 +326,10 @@ class NativeRetrievalHead(nn.Module):
             questions.append(question[-self.max_pieces // 2 :])
         selected = [self.select(words, scores, number) for number in self.NUM_SELECTED]
         longer = [
-            [[*dict.fromkeys(question + places)][: self.max_pieces] for question, places in zip(questions, few, strict=True)]
+            [
+                [*dict.fromkeys(question + places)][: self.max_pieces]
+                for question, places in zip(questions, few, strict=True)
+            ]
             for few in selected
         ]
         return [questions, *longer, [list(range(max(count - self.max_pieces, 0), count)) for count in counts]]

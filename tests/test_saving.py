@@ -174,7 +174,9 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["/home/al ice/m", "../x/b", "~/m", "C:\\x y\\m", "./m/", "a/b/c"])
 def test_a_local_path_is_cut_to_its_name(name):
-    published = NativeRetrievalConfig(backbone_name_or_path=name, teacher_name_or_path=name, head_num_layers=1).to_json_string()
+    published = NativeRetrievalConfig(
+        backbone_name_or_path=name, teacher_name_or_path=name, head_num_layers=1
+    ).to_json_string()
     assert name not in json.loads(published).values()
     assert not any(part in published for part in ("al ice", "x y", "~", ".."))
 
