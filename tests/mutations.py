@@ -977,7 +977,7 @@ MUTATIONS = [
         PROCESSOR,
         "real & ~special & ~(real & (real.cumsum(1) == 1))",
         "real & ~special",
-        "head::test_the_attention_sink_is_not_copied",
+        "head::test_the_attention_sink_is_no_word",
     ),
     Mutation(
         "words: each stands at the token behind it",

@@ -432,12 +432,8 @@ def test_lexical_pre_training_needs_no_backbone(tiny_model, stub_teacher, tmp_pa
     batch = collate([dataset[i] for i in range(3)])
     with torch.no_grad():
         loss, outputs = trainer.compute_loss(model.eval(), batch, return_outputs=True)
-        model.query_head.projection = None
         monkeypatch.undo()
-        wanted = copy.deepcopy(tiny_model)
-        wanted.query_head.load_state_dict(model.query_head.state_dict(), strict=False)
-        wanted.query_head.projection = None
-        assert torch.allclose(outputs.query_embeddings, wanted.embed_query(texts[:3]), atol=1e-5)
+        assert torch.allclose(outputs.query_embeddings, model.embed_query(texts[:3]), atol=1e-5)
     assert loss.item() == pytest.approx(alignment_loss(outputs.query_embeddings, batch["targets"]).item())
 
 
@@ -548,7 +544,7 @@ def test_a_named_checkpoint_is_gone_on_from(stub_training, backbone_dir, beir_fo
     train.main(words(backbone_dir, beir_folder, tmp_path / "whole", *more))
     wanted = head(AutoModel.from_pretrained(tmp_path / "whole" / "out", trust_remote_code=True))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("native_retrieval.trainer.NativeRetrievalTrainer.save_model", stopped)
+        patch.setattr("native_retrieval.trainer.NativeRetrievalTrainer.log_metrics", stopped)
         train.main(words(backbone_dir, beir_folder, tmp_path, *more))
     first, *_ = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     with pytest.raises(ValueError, match="is of a training that was stopped"):
