@@ -1,5 +1,5 @@
 # Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
-"""Conversations to tensors: the backbone's own prompt, and the words in it that the query head may copy.
+"""Conversations to tensors: the backbone's own prompt, and the words in it that the query head reads.
 
     messages (+ tools) ── chat template ──▶ input_ids, attention_mask ──▶ words, with their turns
 
@@ -69,11 +69,11 @@ _TOKENIZER_LOCK = threading.Lock()
 class NativeRetrievalProcessor(ProcessorMixin):
     """
     Builds the backbone's own prompt of a conversation, token for token as its chat template gives it, and reads the words
-    that the query head's copy path has values for.
+    that the query head's word encoder has codes for.
 
     Args:
         tokenizer: the backbone's. What its chat template does not know (a role, tool calls) is folded in as text.
-        word_tokenizer (*optional*): a fast tokenizer of the copy path's vocabulary. Default: the backbone's.
+        word_tokenizer (*optional*): a fast tokenizer of the word encoder's vocabulary. Default: the backbone's.
         max_prompt_tokens (`int`, *optional*): longest prompt; see [`encode`]. Default: no limit.
     """
 
@@ -263,7 +263,7 @@ class NativeRetrievalProcessor(ProcessorMixin):
     # -- a prompt to words ----------------------------------------------------------------------------------------------
 
     def encode_words(self, texts: list[str]) -> list[list[int]]:
-        """Plain texts to ids in the copy path's vocabulary."""
+        """Plain texts to ids in the word encoder's vocabulary."""
         with _TOKENIZER_LOCK:
             return self.word_tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -271,7 +271,7 @@ class NativeRetrievalProcessor(ProcessorMixin):
         self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, known: dict | None = None
     ) -> Words:
         """
-        The words of prompts `(batch, tokens)`: their text, turn by turn, in the copy path's vocabulary.
+        The words of prompts `(batch, tokens)`: their text, turn by turn, in the word encoder's vocabulary.
 
         Args:
             known (`dict`, *optional*): what was read of a conversation's turns before; it is brought up to date.

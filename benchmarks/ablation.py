@@ -5,7 +5,7 @@ The effect of each part: runs of train.py that differ in one setting, evaluated 
     # as in the paper: every combination of the three losses, and the learning rate of all three
     python benchmarks/ablation.py losses benchmarks/configs/ablation.yaml --output results/ablation-losses.json
 
-    # lexical pre-training, copy path, layers
+    # lexical pre-training, word encoder, projection head
     python benchmarks/ablation.py parts benchmarks/configs/ablation.yaml --output results/ablation-parts.json
 
 Each row is one run, measured at its best dev checkpoint. Rows that the output already has are not run again, so a stopped
@@ -54,12 +54,12 @@ def loss_rows() -> list[dict]:
 def part_rows() -> list[dict]:
     rows = [
         ("the recipe", {}),
-        ("layers 3 to 21 of 30, not 4 to 27", {"hidden_state_layers": [3, 8, 12, 17, 21], "copy_layer": 12}),
         ("no lexical pre-training", {"lexical_epochs": 0}),
-        ("no copy path: the paper's head", {"copy_num_heads": 0}),
-        ("no linear skip path", {"head_skip": "false"}),
-        ("last layer alone", {"hidden_state_layers": [30], "copy_layer": 30}),
-        ("16 context tokens", {"num_context_tokens": 16}),
+        ("one layer in the word encoder", {"encoder_num_layers": 1}),
+        ("96 numbers in a code", {"encoder_code_dim": 96}),
+        ("a projection head beside the words", {"head_num_layers": 2}),
+        ("no words: the paper's head", {"read_words": "false", "head_num_layers": 2}),
+        ("the same, last layer alone", {"read_words": "false", "head_num_layers": 2, "hidden_state_layers": [30]}),
         *((f"without {loss}", {f"{loss}_weight": 0}) for loss in LOSSES),
     ]
     return [{"name": name, "arguments": arguments} for name, arguments in rows]

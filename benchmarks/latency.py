@@ -131,7 +131,8 @@ class Methods:
         """The head and the teacher on the same written query."""
         count = max(1, len(query))
         states, mask = written.hidden_states[:, -count:], written.attention_mask[:, -count:].bool()
-        clock.time("head on the query", self.model.query_head.projection, states, mask)
+        if self.model.query_head.projection is not None:
+            clock.time("head on the query", self.model.query_head.projection, states, mask)
         clock.time("teacher on the query", self.teacher.encode, [self.model.tokenizer.decode(query) or "."])
 
 

@@ -77,7 +77,7 @@ class RetrievalExamples(torch.utils.data.Dataset):
         id_offset (`int`): tells the documents of several corpora apart.
         name (`str`): of the data set, for metrics.
         mode (`str`): `"context"`, `"generated"`, or `"words"` for lexical pre-training, whose `sequences` are tokens of the
-            copy path. A batch has no rows of the last and another.
+            word encoder. A batch has no rows of the last and another.
         ids (`list[str]`, *optional*): of the queries, for metrics and errors; their numbers by default.
         unchanged (`RetrievalExamples`, *optional*): the same queries, by `ids`, in the conversations as they were. Each
             example then has the prompt of its own there, whose vector it should have (the consistency loss).
@@ -320,7 +320,7 @@ def build_texts(
     processor, teacher: Teacher, texts: Sequence[str], name: str, typo_share: float = 0.0
 ) -> RetrievalExamples:
     """
-    Plain texts for lexical pre-training: their tokens for the copy path, and the teacher's vector as the target.
+    Plain texts for lexical pre-training: their pieces for the word encoder, and the teacher's vector as the target.
 
     Args:
         typo_share (`float`): this share of them follows once more with typos, towards the vector of the right spelling.
