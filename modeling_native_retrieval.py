@@ -402,6 +402,8 @@ class NativeRetrievalModel(ComposedModel, GenerationMixin):
         head = self.query_head
         if head.selection is None:
             raise ValueError("this head selects no words (word_vocab_size=None); use a model with a word encoder")
+        if not isinstance(num_words, int) or num_words < 0:
+            raise ValueError(f"num_words={num_words!r} must be a whole number, 0 or more")
         words = self.processor.read_words(cache.input_ids, cache.attention_mask, cache.words)
         device = next(head.parameters()).device
         scores = head.selection(cache.hidden_states.to(device), cache.attention_mask.to(device), words.to(device))

@@ -1,5 +1,5 @@
 # Copyright 2026 The Native Retrieval authors. Licensed under the Apache License, Version 2.0.
-"""Conversations to tensors: the backbone's own prompt, and the words in it that the query head may copy.
+"""Conversations to tensors: the backbone's own prompt, and the words in it that the query head reads.
 
     messages (+ tools) ── chat template ──▶ input_ids, attention_mask ──▶ words, with their turns
 

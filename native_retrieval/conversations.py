@@ -21,11 +21,6 @@ def last_question(messages: Messages) -> str:
     return (questions or turns(messages) or [""])[-1]
 
 
-def earlier_answers(messages: Messages) -> list[str]:
-    """What the assistant has said before the last message."""
-    return [text for role, text in _said(messages[:-1]) if role == "assistant"]
-
-
 def num_user_turns(messages: Messages) -> int:
     return sum(message["role"] == "user" for message in clean_messages(messages))
 

@@ -115,7 +115,7 @@ def embed(queries: Any, **arguments: Any) -> Callable[[World], Any]:
 def config(**fields: Any) -> Callable[[World], Any]:
     from configuration_native_retrieval import NativeRetrievalConfig
 
-    return lambda world: NativeRetrievalConfig(num_hidden_layers=4, **fields)
+    return lambda world: NativeRetrievalConfig(**{"num_hidden_layers": 4, "head_num_layers": 1, **fields})
 
 
 def from_backbone(backbone: Any = None, **arguments: Any) -> Callable[[World], Any]:
@@ -268,6 +268,9 @@ ROWS = [
     Row("from_backbone", "a misspelt field", from_backbone(head_dmi=256), ("head_dmi", "head_dim")),
     Row("NativeRetrievalConfig", "head_dim='big'", config(head_dim="big"), ("head_dim", "'big'")),
     Row("Teacher", "a folder that is not there", lambda w: importlib.import_module("native_retrieval.teacher").Teacher("nowhere"), ("the teacher 'nowhere'", "cannot be loaded")),
+    train("--selection_heads 1.9", "selection_heads has [1, 9]", "heads 0 to 3"),
+    train("--selection_heads 1-2", "'1-2'", "wanted LAYER.HEAD"),
+    train("--read_words false", "read_words is false and head_num_layers 0", "change one"),
     train("--teacher nowhere", "the teacher 'nowhere'", "cannot be loaded"),
     evaluate("--teacher nowhere", "the teacher 'nowhere'", "cannot be loaded"),
     Row("DocumentIndex.build", "an unknown kind", build_index(kind=lambda w: ("Flt", "")), ("'Flt'", "HNSW32")),
@@ -283,6 +286,9 @@ ROWS = [
     Row("model.embed_query", "mode='psychic'", embed("Who?", mode="psychic"), ("mode='psychic'", "choose one of context, generated")),
     Row("model.embed_query", "batch_size=0", embed("Who?", batch_size=0), ("batch_size=0", "at least 1")),
     Row("model.embed_query", "numbers in the place of token ids", embed(torch.zeros(2)), ("(2,)", "token ids (batch, tokens)")),
+    Row("model.extract_query", "None", lambda w: w.model.extract_query(None), ("queries is a NoneType", "give a string, a conversation")),
+    Row("model.extract_query", "num_words=-1", lambda w: w.model.extract_query("Who?", num_words=-1), ("num_words=-1", "0 or more")),
+    Row("model.extract_query", "a head that reads no words", lambda w: paper_head(w).extract_query("Who?"), ("word_vocab_size=None", "use a model with a word encoder")),
     Row("model.embed_query", "no queries, with a cache", embed([], return_cache=True), ("queries is empty", "at least one conversation")),
     Row("model.embed_query", "a cache of two conversations for one", lambda w: w.model.embed_query("Who?", past_key_values=cache_of(w, "a?", "b?")), ("holds 2 conversations", "1 are to go on")),
     Row("model.generate", "a cache of two conversations for one", lambda w: w.model.generate(torch.tensor([[5, 6]]), past_key_values=cache_of(w, "a?", "b?")), ("holds 2 conversations", "1 are to go on")),
@@ -296,6 +302,10 @@ ROWS = [
     Row("NativeRetrievalConfig", "query_mode='psychic'", config(query_mode="psychic"), ("query_mode='psychic'", "choose one of")),
     Row("NativeRetrievalConfig", "head_dim=30 for 4 heads", config(head_dim=30, head_num_attention_heads=4), ("head_dim=30", "a multiple of head_num_attention_heads=4")),
     Row("NativeRetrievalConfig", "a layer that is not there", config(hidden_state_layers=[1, 9]), ("[9]", "0..4")),
+    Row("NativeRetrievalConfig", "nothing to read", config(head_num_layers=0), ("word_vocab_size=None and head_num_layers=0", "set one of them")),
+    Row("NativeRetrievalConfig", "encoder_dim=100", config(encoder_dim=100), ("encoder_dim=100", "a multiple of 32")),
+    Row("NativeRetrievalConfig", "an attention head of a layer that is not read", config(hidden_state_layers=[1], selection_heads=[[2, 0]]), ("selection_heads [[2, 0]]", "leaves out")),
+    Row("from_backbone", "an attention head that is not there", from_backbone(selection_heads=[[1, 9]]), ("selection_heads has [1, 9]", "heads 0 to 3")),
     Row("NativeRetrievalConfig", "head_dropout=1.0", config(head_dropout=1.0), ("head_dropout=1.0", "must lie in [0, 1)")),
     Row("NativeRetrievalConfig", "no backbone to fetch", config(store_backbone=False), ("store_backbone=False", "needs backbone_name_or_path")),
     Row("teacher_of", "a model of another teacher", lambda w: importlib.import_module("native_retrieval.teacher").teacher_of(stranger(w), "teacher"), ("'teacher'", "'another-teacher'", "--teacher")),
@@ -474,6 +484,10 @@ def larger(tokenizer: Any) -> Any:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens([f"token{i}" for i in range(10)])
     return tokenizer
+
+
+def paper_head(world: World) -> Any:
+    return from_backbone(word_vocab_size=None, head_num_layers=1)(world)
 
 
 def stranger(world: World, fingerprint: str | None = "0" * 64) -> Any:

@@ -203,7 +203,7 @@ def test_heads_that_the_backbone_lacks_are_refused(make_model, head: list[int]):
 
 def test_the_features_of_words(reader: NativeRetrievalModel):
     """By the definition: the attention to the tokens in which a word ends, how often it is said, where last and first."""
-    states, mask, words = read(reader, [CONVERSATIONS[2], [*ENGINES[:2], user("Ada?"), *ENGINES[1:]]])
+    states, mask, words = read(reader, [CONVERSATIONS[2], [*ENGINES, ENGINES[1], user("Ada")]])
     selection = reader.query_head.selection
     with torch.no_grad():
         features, selectable = selection.features(states, mask, words)
@@ -332,6 +332,15 @@ def test_attributions_are_shares_of_words(model: NativeRetrievalModel):
     assert_close(output.attributions, shares)
     assert torch.equal(output.input_ids, ids) and torch.equal(output.attention_mask, mask)
     assert output.past_key_values is None
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_the_attention_sink_is_no_word(reader: NativeRetrievalModel, padding: int):
+    # No special token: what is first is a word, as with a tokenizer that has none.
+    ids = reader.tokenizer("the old bridge", add_special_tokens=False)["input_ids"]
+    mask = torch.tensor([[0] * padding + [1] * len(ids)])
+    shares = reader(torch.tensor([[0] * padding + ids]), mask).attributions[0, padding:]
+    assert shares[0] == 0 and shares[-1] > 0
 
 
 @pytest.mark.parametrize("messages", [[user("🙂")], [*ENGINES[:2], user("🙂 ?")], [assistant("Hm.")], [user("the")]])

@@ -22,7 +22,7 @@ from conftest import (
     stir,
     user,
 )
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from head_native_retrieval import Words
 from modeling_native_retrieval import NativeRetrievalModel
@@ -51,7 +51,7 @@ def test_the_prompts_give_the_vectors_of_their_conversations(model: NativeRetrie
     assert_close(model.embed_query(ids, attention_mask=mask), wanted)
     assert_close(model(ids, mask).query_embeddings.detach(), wanted)
     batch = model.processor(CONVERSATIONS)
-    words = Words(batch["word_ids"], batch["word_positions"], batch["word_mask"], batch["turn_ids"])
+    words = Words(*(batch[name] for name in ("word_ids", "word_positions", "word_mask", "turn_ids", "word_groups")))
     assert_close(model(batch["input_ids"], batch["attention_mask"], words=words).query_embeddings.detach(), wanted)
 
 
@@ -129,8 +129,8 @@ def test_layers_after_the_last_one_read_run_for_generation_alone(make_model, fam
 
 def test_models_around_one_backbone_read_their_own_layers(make_model, make_backbone):
     backbone = make_backbone("llama")
-    models = [make_model(backbone=backbone, hidden_state_layers=layers) for layers in ([1, 2], [2, 3, 4])]
-    wanted = [make_model(hidden_state_layers=layers).embed_query(CONVERSATIONS) for layers in ([1, 2], [2, 3, 4])]
+    models = [make_model(backbone=backbone, hidden_state_layers=layers) for layers in ([1, 2], [1, 2, 4])]
+    wanted = [make_model(hidden_state_layers=layers).embed_query(CONVERSATIONS) for layers in ([1, 2], [1, 2, 4])]
     for _ in range(2):
         for model, vectors in zip(models, wanted, strict=True):
             assert_close(model.embed_query(CONVERSATIONS), vectors)
@@ -157,6 +157,9 @@ def test_gradients_reach_every_part_of_the_head_and_nothing_else(model: NativeRe
         if name.startswith("backbone."):
             assert parameter.grad is None, name
             continue
+        if ".selection." in name:  # a choice has no gradient
+            assert parameter.grad is None, name
+            continue
         assert parameter.requires_grad and parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
         if not name.endswith(("in_proj_bias", "share.bias")):  # these change no softmax
             assert parameter.grad.abs().max() > 0, name
@@ -174,33 +177,50 @@ def test_from_a_folder(backbone_dir: Path, make_backbone: Callable[..., PreTrain
         assert torch.equal(model.backbone.state_dict()[name], weight), name
 
 
-def test_the_copy_path_starts_from_the_teachers_vectors_of_single_tokens(
-    make_model: Callable[..., NativeRetrievalModel],
-    stub_teacher: StubTeacher,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-):
-    model = make_model(teacher=stub_teacher)
-    for word in (" bridge", " museum", " library"):
-        ids = tiny_tokenizer(word, add_special_tokens=False)["input_ids"]
-        wanted = torch.from_numpy(stub_teacher.encode([tiny_tokenizer.decode(ids[:1]).strip()])[0])
-        assert_close(model.query_head.copy_path.token_values.weight[ids[0]].detach(), wanted)
+def test_the_encoder_starts_from_the_teachers_vectors_of_single_pieces(make_model, stub_teacher: StubTeacher):
+    """Less their mean, with as many numbers as a code has: of 32 here all."""
+    model = make_model(teacher=stub_teacher, encoder_code_dim=32)
+    encoder, words = model.query_head.encoder, ["bridge", "museum", "library"]
+    codes = torch.tensor(model.processor.encode_words(words))[:, 0]
+    with torch.no_grad():
+        values = encoder.value(encoder.codes(codes))
+    vectors = torch.from_numpy(stub_teacher.encode(words))
+    seen, wanted = values[:, None] - values, (vectors[:, None] - vectors) / 2  # which have no mean in them
+    torch.testing.assert_close(seen, wanted, atol=1e-3, rtol=0)
 
 
-def words_of(rows: list[list[int]]) -> Words:
-    mask = pad([[True] * len(row) for row in rows], False, "right").bool()
-    return Words(pad(rows, 0, "right"), torch.zeros_like(mask).long(), mask, torch.ones_like(mask).long())
+class BertTeacher(StubTeacher):
+    """With layers that a word encoder of its width can start from."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        config = BertConfig(30522, width, 3, 1, 64, max_position_embeddings=40, hidden_dropout_prob=0.0)
+        self.transformer = BertModel(config, add_pooling_layer=False).eval()
+        with torch.no_grad():
+            for parameter in self.transformer.parameters():
+                parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.ndim == 1) * 0.1)
 
 
-def test_a_new_model_starts_from_the_words(make_model, tiny_tokenizer: PreTrainedTokenizerFast, stub_teacher):
-    """Everything beside them starts at zero; transformers leaves out the initialisation of some modules silently."""
-    model = make_model(teacher=stub_teacher)
-    head = model.query_head
-    for layer in (head.projection.linear_out, head.projection.skip, head.copy_path.state_value):
-        assert not layer.weight.any()
-    tokens = tiny_tokenizer("where is the bridge", add_special_tokens=False)["input_ids"]
-    values = torch.from_numpy(stub_teacher.encode([tiny_tokenizer.decode([i]) for i in tokens]))
-    vector = model(words=words_of([tokens])).query_embeddings
-    assert torch.allclose(vector[0], torch.nn.functional.normalize(values.mean(0), dim=0), atol=1e-5)
+def test_the_encoder_starts_from_the_layers_of_a_bert(make_model):
+    """Of one layer: with all numbers in a code and nothing from the values, its mean is that of the BERT's first layer."""
+    teacher = BertTeacher()
+    bert = teacher.transformer
+    model = make_model(teacher=teacher, encoder_code_dim=64, encoder_num_layers=1)
+    encoder, ids = model.query_head.encoder, torch.tensor(model.processor.encode_words(["who built the old bridge"]))
+    nowhere = torch.zeros_like(ids)
+    with torch.no_grad():
+        encoder.value.weight.zero_()
+        seen = encoder.linear_out.weight @ torch.eye(32)
+        wanted = bert(input_ids=ids, output_hidden_states=True).hidden_states[1].mean(1)
+        vector = model(words=Words(ids, nowhere, nowhere == 0, nowhere, nowhere)).query_embeddings
+    assert torch.equal(seen, torch.eye(32))
+    torch.testing.assert_close(vector, torch.nn.functional.normalize(wanted, dim=-1), atol=1e-3, rtol=0)
+    # Two layers are evenly spaced ones; and of another width none.
+    two = make_model(teacher=teacher).query_head.encoder.layers
+    for layer, number in zip(two, (0, 1), strict=True):
+        assert torch.equal(layer.linear1.weight, bert.encoder.layer[number].intermediate.dense.weight)
+    other = make_model(teacher=BertTeacher(64)).query_head.encoder
+    assert other.linear_out.weight.detach().abs().max() < 0.5
 
 
 class CountingTeacher(StubTeacher):
@@ -213,21 +233,20 @@ class CountingTeacher(StubTeacher):
         return super().encode(texts, *args, **kwargs)
 
 
-@pytest.mark.parametrize("own_tokens", [False, True])
-def test_without_a_copy_path_no_vocabulary_is_embedded(make_model, tiny_tokenizer, own_tokens: bool):
-    teacher = CountingTeacher(tiny_tokenizer if own_tokens else None)
-    assert make_model(teacher=teacher, copy_num_heads=0).config.embedding_dim == 32
+def test_for_a_head_without_words_no_vocabulary_is_embedded(make_model):
+    teacher = CountingTeacher()
+    assert make_model(teacher=teacher, word_vocab_size=None).config.embedding_dim == 32
     assert len(teacher.texts) <= 1  # for its width
-    assert make_model(teacher=CountingTeacher(), copy_num_heads=0, embedding_dim=32).config.copy_vocab_size is None
-    make_model(teacher=teacher)
-    assert len(teacher.texts) > 100  # and with one, each spelling once
+    model = make_model(teacher=teacher)
+    assert model.config.word_vocab_size == len(model.processor.word_tokenizer) == 30_522
+    assert len(teacher.texts) > 10_000  # and with one, each spelling once
     assert len(teacher.texts) <= len(set(teacher.texts)) + 2  # besides, one for its width
 
 
-@pytest.mark.parametrize("copy_num_heads", [0, 2])
-def test_a_teacher_of_another_dimension_is_refused(make_model, stub_teacher: StubTeacher, copy_num_heads: int):
+@pytest.mark.parametrize("fields", [{}, {"word_vocab_size": None}])
+def test_a_teacher_of_another_dimension_is_refused(make_model, stub_teacher: StubTeacher, fields: dict):
     with pytest.raises(ValueError, match="32.*48") as error:
-        make_model(teacher=stub_teacher, embedding_dim=48, copy_num_heads=copy_num_heads)
+        make_model(teacher=stub_teacher, embedding_dim=48, **fields)
     assert_one_line(error)
 
 
@@ -255,7 +274,8 @@ def test_a_tokenizer_larger_than_the_backbone_is_refused(make_backbone, tiny_tok
     ("fields", "message"),
     [
         ({"hidden_state_layers": [9]}, r"\[9\]"),
-        ({"copy_num_head": 2}, "copy_num_heads"),
+        ({"encoder_dims": 32}, "encoder_dim"),
+        ({"copy_num_heads": 2}, "copy_num_heads"),
         ({"num_probe_tokens": 3}, "num_probe_tokens"),
         ({"max_prompt_tokens": 0}, "max_prompt_tokens=0"),
     ],

@@ -244,7 +244,7 @@ def test_a_checkpoint_of_another_head_is_refused(make_model, examples, tmp_path)
     args = arguments(tmp_path, num_train_epochs=1)
     NativeRetrievalTrainer(make_model(), args, examples(), examples("dev")).train()
     checkpoint = next((tmp_path / "out").glob("checkpoint-*"))
-    for fields in ({"head_num_layers": 1}, {"copy_num_heads": 0}, {"copy_num_heads": 1}):
+    for fields in ({"head_num_layers": 2}, {"word_vocab_size": None}, {"encoder_num_layers": 1}):
         trainer = NativeRetrievalTrainer(make_model(**fields), args, examples(), examples("dev"))
         with pytest.raises(ValueError, match="is of another head") as error:
             trainer.train(resume_from_checkpoint=str(checkpoint))
@@ -416,7 +416,7 @@ def test_lexical_pre_training_needs_no_backbone(tiny_model, stub_teacher, tmp_pa
     args = arguments(
         *(tmp_path,),
         num_train_epochs=10,
-        token_learning_rate=1e-2,
+        code_learning_rate=1e-2,
         eval_strategy="no",
         save_strategy="no",
         load_best_model_at_end=False,
@@ -428,26 +428,24 @@ def test_lexical_pre_training_needs_no_backbone(tiny_model, stub_teacher, tmp_pa
     trainer.train()
     losses = [entry["alignment_loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
-    # A text's vector is the sum of its tokens' values, weighted by salience alone, and padding is nothing.
-    batch, path = collate([dataset[i] for i in range(3)]), model.query_head.copy_path
+    # A text's vector is that of a prompt which says nothing else, and padding is nothing.
+    batch = collate([dataset[i] for i in range(3)])
     with torch.no_grad():
         loss, outputs = trainer.compute_loss(model.eval(), batch, return_outputs=True)
-        for row, vector in enumerate(outputs.query_embeddings):
-            ids = torch.tensor(dataset.sequences[row])
-            weights = (path.BIAS_SCALE * path.token_salience(ids)).softmax(0)
-            wanted = torch.nn.functional.normalize((weights * path.token_values(ids)).sum(0), dim=-1)
-            assert torch.allclose(vector, wanted, atol=1e-5)
+        monkeypatch.undo()
+        assert torch.allclose(outputs.query_embeddings, model.embed_query(texts[:3]), atol=1e-5)
     assert loss.item() == pytest.approx(alignment_loss(outputs.query_embeddings, batch["targets"]).item())
 
 
-def test_the_vocabulary_has_a_learning_rate_of_its_own(tiny_model, examples, tmp_path):
+@pytest.mark.parametrize("rate", [None, 1e-3])
+def test_word_codes_have_a_learning_rate_of_their_own(tiny_model, examples, tmp_path, rate):
     args = NativeRetrievalTrainingArguments(
         **{"output_dir": str(tmp_path), "learning_rate": 1e-2, "use_cpu": True, "weight_decay": 0.5},
-        **{"eval_strategy": "no", "load_best_model_at_end": False},
+        **{"eval_strategy": "no", "load_best_model_at_end": False, "code_learning_rate": rate},
     )
     optimizer = NativeRetrievalTrainer(copy.deepcopy(tiny_model), args, examples()).create_optimizer()
     rates = {p.shape: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    assert rates[tiny_model.query_head.copy_path.token_values.weight.shape] == pytest.approx(1e-3)
+    assert rates[tiny_model.query_head.encoder.codes.weight.shape] == (rate or 1e-2)
     assert rates[tiny_model.query_head.projection.linear_in.weight.shape] == 1e-2
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(trained) == len({id(p) for p in trained}) == sum(p.requires_grad for p in tiny_model.parameters())
@@ -465,7 +463,7 @@ def words(backbone_dir, beir_folder, tmp_path, *more):
     places = {"output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache"}
     fields = {
         **{"backbone": backbone_dir, "teacher": "stub-teacher", "train_data": beir_folder, "dev_data": beir_folder},
-        **{"num_train_epochs": 1, "max_prompt_tokens": 100, "head_dim": 32, "head_num_attention_heads": 4},
+        **{"num_train_epochs": 1, "max_prompt_tokens": 100, "encoder_dim": 32, "encoder_code_dim": 16},
         **{"rank_top_k": 8, "use_cpu": "true", "disable_tqdm": "true", "max_query_tokens": 8, **places},
     }
     return [*(word for name, value in fields.items() for word in (f"--{name}", str(value))), *more]
@@ -546,7 +544,7 @@ def test_a_named_checkpoint_is_gone_on_from(stub_training, backbone_dir, beir_fo
     train.main(words(backbone_dir, beir_folder, tmp_path / "whole", *more))
     wanted = head(AutoModel.from_pretrained(tmp_path / "whole" / "out", trust_remote_code=True))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("native_retrieval.trainer.NativeRetrievalTrainer.set_repulsion_threshold", stopped)
+        patch.setattr("native_retrieval.trainer.NativeRetrievalTrainer.log_metrics", stopped)
         train.main(words(backbone_dir, beir_folder, tmp_path, *more))
     first, *_ = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     with pytest.raises(ValueError, match="is of a training that was stopped"):
@@ -583,13 +581,6 @@ def test_an_epoch_has_as_many_examples_as_it_says(stub_training, backbone_dir, b
     assert count == pytest.approx(passes * 1.25, abs=2)
 
 
-def test_the_repulsion_threshold_may_be_given(stub_training, backbone_dir, beir_folder, tmp_path, capfd):
-    train.main(words(backbone_dir, beir_folder, tmp_path, "--query_repulsion_threshold", "0.3", *QUICK))
-    assert "turned away from turns" not in capfd.readouterr().out
-    model = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert model.query_head.copy_path.repulsion.threshold.item() == pytest.approx(0.3)
-
-
 def test_a_seed_draws_the_head_as_well_as_the_order(stub_training, backbone_dir, beir_folder, tmp_path):
     drawn = []
     for run, seed in enumerate(("1", "1", "2")):
@@ -597,21 +588,4 @@ def test_a_seed_draws_the_head_as_well_as_the_order(stub_training, backbone_dir,
         train.main(words(backbone_dir, beir_folder, tmp_path / str(run), *more))
         drawn.append(head(AutoModel.from_pretrained(tmp_path / str(run) / "out", trust_remote_code=True)))
     assert all(torch.equal(weight, drawn[1][name]) for name, weight in drawn[0].items())
-    assert any("projection" in name and not torch.equal(weight, drawn[2][name]) for name, weight in drawn[0].items())
-
-
-def test_the_repulsion_threshold_is_the_best_on_dev(tiny_model, examples, tmp_path, monkeypatch):
-    dev = {"dev_context": examples("dev"), "dev_generated": examples("dev", mode="generated")}
-    trainer = NativeRetrievalTrainer(tiny_model, arguments(tmp_path), examples(), dev)
-    threshold = tiny_model.query_head.copy_path.repulsion.threshold
-    learned, better = threshold.item(), 0.2
-    for best in (learned, better):
-
-        def evaluate(parts, best=best):
-            assert list(parts) == ["dev_context"]  # the mode that the model is saved with
-            return {"eval_ndcg@10": 1 - abs(threshold.item() - best)}
-
-        monkeypatch.setattr(trainer, "evaluate", evaluate)
-        trainer.set_repulsion_threshold()
-        assert threshold.item() == pytest.approx(best)
-        threshold.data.fill_(learned)
+    assert any("encoder" in name and not torch.equal(weight, drawn[2][name]) for name, weight in drawn[0].items())
