@@ -20,9 +20,8 @@ from native_retrieval.loading import load_model
 NOTE = """
 ## Zero-shot
 
-Conversations of five kinds that nothing was trained on or fitted to. Recall@10 / MRR@10, and their share of the best other
-way that can be deployed (the teacher on the last question, on the full history, on both; BM25; a query that the backbone
-writes).
+Conversations of five kinds that nothing was trained on. The best other way is the best of those that can be deployed: the
+teacher on the last question, on the full history, on both; BM25; a query that the backbone writes, and the teacher encodes.
 
 {table}
 
@@ -34,15 +33,19 @@ The head's weights: CC BY-SA 4.0, from the conversations that they were trained 
 
 
 def table(path: str) -> str:
-    sets = json.loads(Path(path).read_text())["sets"]
-    rows = ["| | best other way | native-context | share |", "|---|---|---|---|"]
-    for name, row in sets.items():
-        best, own, share = row["best"], row["methods"]["native-context"], row["ratios"]["native-context"]
-        rows.append(
-            f"| {name} | {best['recall@10']['value']:.3f} / {best['mrr@10']['value']:.3f} | "
-            f"{own['recall@10']:.3f} / {own['mrr@10']:.3f} | {share['recall@10']:.3f} / {share['mrr@10']:.3f} |"
+    summary = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+    lines = [
+        "| set | measure | best other way | native-context | of it | selected-words | of it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in summary:
+        best = f"{row['best_value']:.3f} ({row['best']})" if "best" in row else ""
+        cells = [f"{row[name]:.3f}" if name in row else "" for name in ("native-context", "selected-words")]
+        shares = [f"{row[f'ratio_{name}']:.3f}" for name in ("native-context", "selected-words")]
+        lines.append(
+            f"| {row['set']} | {row['measure']} | {best} | {cells[0]} | {shares[0]} | {cells[1]} | {shares[1]} |"
         )
-    return "\n".join(rows)
+    return "\n".join(lines)
 
 
 @one_line_errors("publish")
