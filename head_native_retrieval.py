@@ -262,10 +262,10 @@ class NativeRetrievalHead(nn.Module):
         if self.projection is not None:
             vectors = self.projection(*self._newest(hidden_states, attention_mask.bool(), readout_mask)).float()
         if self.encoder is not None:
-            scores = self.selection(hidden_states, attention_mask, words)
-            texts = self.texts(words, scores)
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                texts = self.texts(words, self.selection(hidden_states, attention_mask, words))
             parts = [self._encode(words, places) for places in texts]
-            vectors = vectors + torch.einsum("p,pbd->bd", self.shares.float(), torch.stack(parts))
+            vectors = vectors + (self.shares.float()[:, None, None] * torch.stack(parts)).sum(0)
             attributions = self._attributions(words, texts, attention_mask.shape[1])
         return F.normalize(vectors, dim=-1), attributions
 
