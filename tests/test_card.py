@@ -155,7 +155,7 @@ def test_the_snippets_of_the_card_run(saved, monkeypatch, capsys):
     (saved.parent / "me").mkdir()
     (saved.parent / "me" / "model").symlink_to(saved)
     blocks = python_blocks(write_model_card(saved).read_text())
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     namespace: dict = {}
     for block in blocks:
         exec(block, namespace)
