@@ -217,8 +217,6 @@ def choose(
     calibrations: Sequence[Calibration], heads: Sequence[Sequence[int]], count: int = NUM_HEADS
 ) -> tuple[list[list[int]], list[Calibration]]:
     """The heads of the best mean rank over data sets, whichever asks, in order; and the features of these alone."""
-    if not calibrations:
-        return [list(head) for head in heads[:count]], []
     ranks = np.mean([part.precisions(len(heads)).argsort().argsort() for part in calibrations], axis=0)
     best = np.sort(np.argsort(-ranks.reshape(-1, 2).max(1), kind="stable")[:count])
     columns = [

@@ -103,8 +103,14 @@ def from_backbone(
         if rewrites:
             heads = sorted(map(list, named or maps.heads))
             calibrations = calibrate_all(backbone, processor, maps, heads, rewrites)
-            count = len(heads) if named else NUM_HEADS
-            config_fields["selection_heads"], calibrations = choose(calibrations, heads, count)
+            if calibrations:
+                count = len(heads) if named else NUM_HEADS
+                config_fields["selection_heads"], calibrations = choose(calibrations, heads, count)
+            elif not named:
+                print(
+                    "No data set has rewrites that take a word from earlier turns, so earlier words are chosen by how new they "
+                    "are. Give data with rewrites, or selection_heads as `python -m native_retrieval.heads` finds them."
+                )
     config = NativeRetrievalConfig(**config_fields)
     model = NativeRetrievalModel(config, backbone, processor)
     head = model.query_head
