@@ -61,7 +61,7 @@ INITIALISE = "native_retrieval/initialise.py"
 
 BATCHES = "modeling::test_vectors_do_not_depend_on_batch_size_or_order"
 AROUND = "head::test_a_row_gives_the_same_vector_whatever_is_beside_it_and_around_it"
-ATTEND = "head::test_copied_heads_attend_as_the_backbones_own[llama]"
+ATTEND = "heads::test_copied_heads_attend_as_the_backbones_own[llama]"
 ADDED = "head::test_words_are_added_once_in_order_as_they_are_spelt"
 WORD_FEATURES = "head::test_the_features_of_words"
 
@@ -282,7 +282,7 @@ MUTATIONS = [
         HEAD,
         "if self.norm is not None:\n            mapped",
         "if False:\n            mapped",
-        "head::test_copied_heads_attend_as_the_backbones_own[qwen3]",
+        "heads::test_copied_heads_attend_as_the_backbones_own[qwen3]",
     ),
     Mutation(
         "selection: a token counts for each piece in it",
@@ -317,7 +317,7 @@ MUTATIONS = [
         HEAD,
         "[0.0, -1.0, 0.0]",
         "[0.0, 1.0, 0.0]",
-        "head::test_without_heads_to_copy_the_words_of_the_last_turns_come_first",
+        "heads::test_without_heads_to_copy_the_words_of_the_last_turns_come_first",
     ),
     Mutation(
         "select: a word each time that it is said",
@@ -415,21 +415,21 @@ MUTATIONS = [
         HEADS,
         "if linear.bias is None else",
         "if True else",
-        "head::test_copied_heads_attend_as_the_backbones_own[qwen2]",
+        "heads::test_copied_heads_attend_as_the_backbones_own[qwen2]",
     ),
     Mutation(
         "heads: all layers turn at one speed",
         HEADS,
         'speed = getattr(rotary, f"{kind}_inv_freq", None)',
         'speed = rotary.full_attention_inv_freq if hasattr(rotary, "full_attention_inv_freq") else None',
-        "head::test_copied_heads_attend_as_the_backbones_own[gemma3]",
+        "heads::test_copied_heads_attend_as_the_backbones_own[gemma3]",
     ),
     Mutation(
         "heads: rows of a head that turns in part",
         HEADS,
         "order = torch.cat((order[:half], rest",
         "_ = torch.cat((order[:half], rest",
-        "head::test_copied_heads_attend_as_the_backbones_own[glm4_moe]",
+        "heads::test_copied_heads_attend_as_the_backbones_own[glm4_moe]",
     ),
     Mutation(
         "heads: the best of one data set",

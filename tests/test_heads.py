@@ -1,9 +1,12 @@
-"""The choice of attention heads on rewrites, and the score that is fitted to their features."""
+"""The backbone's attention heads: that copies attend as they do, the choice of them, the score that is fitted to them."""
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from conftest import assistant, user
+from conftest import CONTEXT, CONVERSATIONS, WITH_HEADS, assert_one_line, assistant, prompts_of, user
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, PreTrainedModel, Qwen2Config
 
 from native_retrieval.heads import NUM_HEADS, Calibration, Maps, average_precision, calibrate, choose, fit_score
 from processing_native_retrieval import word_keys
@@ -20,6 +23,76 @@ ROWS = [
     {"messages": LIBRARY, "rewrite": "When?"},  # takes nothing from earlier turns
     {"messages": LIBRARY[:1], "rewrite": "Tell me about the library."},
 ]
+
+
+def tiny_backbone(family: str, make_backbone: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """With norms and biases that count, and windows longer than a prompt: copies know of none."""
+    if family in WITH_HEADS:
+        backbone = make_backbone(family, **({"sliding_window": CONTEXT} if family in ("gemma3", "mistral") else {}))
+    else:
+        own = make_backbone("llama").config.to_dict()
+        fields = {name: own[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+        fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15}
+        if family == "glm4_moe":  # turns half of each head; all layers without experts
+            fields |= {"head_dim": 8, "partial_rotary_factor": 0.5, "first_k_dense_replace": 4, "use_qk_norm": True}
+            fields |= {"n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+        backbone = AutoModelForCausalLM.from_config({"qwen2": Qwen2Config, "glm4_moe": Glm4MoeConfig}[family](**fields))
+    backbone.set_attn_implementation("eager")
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        for layer in backbone.base_model.layers:
+            layer.self_attn.q_proj.weight.mul_(8)  # attention that is nowhere near even
+    return backbone.eval()
+
+
+@pytest.mark.parametrize("family", [*WITH_HEADS, "qwen2", "glm4_moe"])
+def test_copied_heads_attend_as_the_backbones_own(make_backbone, make_model, family: str):
+    """Biases, norms of queries and keys, groups of keys, other speeds of turning, and a part that does not turn."""
+    backbone, heads = tiny_backbone(family, make_backbone), [[layer, head] for layer in range(4) for head in range(4)]
+    model = make_model(backbone=backbone, selection_heads=heads)
+    ids, mask = model.processor.pad(prompts_of(model, [CONVERSATIONS[1], LIBRARY]))
+    words, states = model.processor.read_words(ids, mask), model.prefill(ids, mask, use_cache=False).hidden_states
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        output = backbone(input_ids=ids, attention_mask=mask, position_ids=positions, output_attentions=True)
+        for most in (48, 3):
+            model.query_head.selection.NUM_ASKING = most
+            seen = model.query_head.selection.attention(states, mask, words).unflatten(1, (4, 4, 2))
+            for row in range(2):
+                asking = words.positions[row][words.mask[row] & (words.turn_ids[row] == 1)][-most:]
+                for layer, attention in enumerate(output.attentions):
+                    wanted = torch.stack((attention[row, :, asking].mean(1), attention[row, :, -3:].mean(1)), dim=1)
+                    torch.testing.assert_close(seen[row, layer], wanted, atol=5e-4, rtol=0)
+    assert seen.std() > 0.005
+
+
+def test_a_norm_that_subtracts_the_mean_is_not_copied(make_backbone, make_model, capsys):
+    backbone = make_backbone("llama")
+    for layer in backbone.base_model.layers:
+        layer.input_layernorm = torch.nn.LayerNorm(32)
+    model = make_model(backbone=backbone, selection_heads=None)
+    assert "without attention" in capsys.readouterr().out and not model.config.selection_heads
+
+
+@pytest.mark.parametrize("head", [[4, 0], [1, 4], [-1, 0]])
+def test_heads_that_the_backbone_lacks_are_refused(make_model, head: list[int]):
+    with pytest.raises(ValueError, match="selection_heads") as error:
+        make_model(selection_heads=[[1, 0], head], hidden_state_layers=[1, 2, 4])
+    assert_one_line(error)
+    with pytest.raises(ValueError, match="selection_heads"):
+        make_model("gpt2", selection_heads=[[1, 0]])
+
+
+def test_without_heads_to_copy_the_words_of_the_last_turns_come_first(make_model, capsys):
+    model = make_model("gpt2")
+    assert "without attention: GPT2Model has no layers with q_proj" in capsys.readouterr().out
+    earlier = [user("Bridges and lighthouses, please."), assistant("Castles, harbours."), user("Who?")]
+    assert model.extract_query(earlier, num_words=2) == "Who? Castles harbours"
+
+
+# The choice
 
 
 def planted(name: str, seed: int, good: tuple[int, ...], words: int = 200) -> Calibration:

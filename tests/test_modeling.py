@@ -194,7 +194,8 @@ class BertTeacher(StubTeacher):
 
     def __init__(self, width: int = 32):
         super().__init__()
-        config = BertConfig(30522, width, 3, 1, 64, max_position_embeddings=40, hidden_dropout_prob=0.0)
+        sizes = {"vocab_size": 30_522, "hidden_size": width, "num_hidden_layers": 3, "max_position_embeddings": 40}
+        config = BertConfig(**sizes, num_attention_heads=width // 32, intermediate_size=4 * width)
         self.transformer = BertModel(config, add_pooling_layer=False).eval()
         with torch.no_grad():
             for parameter in self.transformer.parameters():
