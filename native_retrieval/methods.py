@@ -234,13 +234,7 @@ class NativeContext(NativeGenerated):
 
     def vectors(self) -> np.ndarray:
         """Equal to those of `embed_query`, to the last bit, with the same prompts in a batch."""
-        model, prompts = self.comparison.model, self.comparison.prompts
-        vectors = np.empty((len(prompts), model.config.embedding_dim), np.float32)
-        with tqdm(total=len(prompts), desc=f"{self.name}: the backbone reads", unit="query") as bar:
-            for rows in self.comparison.batches():
-                vectors[rows] = model.embed_prompts([prompts[i] for i in rows], mode=self.mode).numpy()
-                bar.update(len(rows))
-        return vectors
+        return self.comparison.read[0]
 
 
 class Hybrid(RankFusion):
@@ -405,18 +399,26 @@ class Comparison:
                 bar.update(len(rows))
         return Written(queries, vectors)
 
-    @cached_property
+    @property
     def extracted(self) -> list[str]:
-        """What `model.extract_query` gives, in batches."""
-        texts = [""] * len(self.prompts)
-        with tqdm(total=len(self.prompts), desc="The backbone selects words", unit="query") as bar:
+        """What `model.extract_query` gives."""
+        return self.read[1]
+
+    @cached_property
+    def read(self) -> tuple[np.ndarray, list[str]]:
+        """The context mode's vectors, and the texts of a head that selects words, by one pass over the prompts."""
+        model, texts = self.model, [""] * len(self.prompts)
+        vectors = np.empty((len(self.prompts), model.config.embedding_dim), np.float32)
+        with tqdm(total=len(self.prompts), desc="The backbone reads", unit="query") as bar:
             for rows in self.batches():
-                cache = self.model.prefill(*self.model.processor.pad([self.prompts[i] for i in rows]), use_cache=False)
-                found = self.model.extract_prefilled(cache, [self.messages[i] for i in rows])
-                for i, text in zip(rows, found, strict=True):
-                    texts[i] = text
+                cache = model.prefill(*model.processor.pad([self.prompts[i] for i in rows]), use_cache=False)
+                vectors[rows] = model.embed_prefilled(cache, "context").query_embeddings.float().cpu().numpy()
+                if model.query_head.selection is not None:
+                    found = model.extract_prefilled(cache, [self.messages[i] for i in rows])
+                    for i, text in zip(rows, found, strict=True):
+                        texts[i] = text
                 bar.update(len(rows))
-        return texts
+        return vectors, texts
 
     def read_query(self, i: int, tokens: list[int]) -> str:
         return read_query(self.model.tokenizer, tokens, self.last_questions[i])
