@@ -8,11 +8,13 @@ Puts a trained head into the repository: without its backbone, which the configu
 """
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.loading import load_model
@@ -63,6 +65,10 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(arguments.output)
     shutil.rmtree(output, ignore_errors=True)
     model.save_pretrained(output)
+    (output / "model.safetensors").chmod(0o644)
+    for path in output.glob("*_native_retrieval.py"):  # one copy of the code in the repository
+        path.unlink()
+        path.symlink_to(os.path.relpath(ROOT / path.name, output))
     card = Path(arguments.model, "README.md").read_text(encoding="utf-8")
     if arguments.results:
         card += NOTE.format(table=table(arguments.results))

@@ -1,0 +1,1 @@
+../../cache_native_retrieval.py

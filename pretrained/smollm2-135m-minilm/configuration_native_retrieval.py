@@ -1,0 +1,1 @@
+../../configuration_native_retrieval.py

@@ -1,0 +1,1 @@
+../../head_native_retrieval.py

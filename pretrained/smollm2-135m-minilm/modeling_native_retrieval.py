@@ -1,0 +1,1 @@
+../../modeling_native_retrieval.py

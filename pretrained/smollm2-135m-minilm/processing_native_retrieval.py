@@ -1,0 +1,1 @@
+../../processing_native_retrieval.py
