@@ -70,6 +70,13 @@ def main(argv: list[str] | None = None) -> None:
         path.unlink()
         path.symlink_to(os.path.relpath(ROOT / path.name, output))
     card = Path(arguments.model, "README.md").read_text(encoding="utf-8")
+    trained = Path(arguments.model).name
+    for before in ("model_name: {}", "# {}\n", 'repo = "{}"', "export {} folder"):
+        name = str(output) if "repo" in before or "export" in before else output.name
+        card = card.replace(before.format(trained), before.format(name))
+    card = card.replace(
+        "There are no results yet: run `eval.py`.", "See Zero-shot, below." if arguments.results else ""
+    )
     if arguments.results:
         card += NOTE.format(table=table(arguments.results))
     (output / "README.md").write_text(card, encoding="utf-8")

@@ -170,7 +170,7 @@ def main() -> None:
         row = {
             "recall@10": float(recall.mean()),
             "mrr@10": float(mrr.mean()),
-            "of_whole": float(recall.mean() / whole.mean()),
+            "of_whole": float(recall.mean() / whole.mean()) if whole.any() else 1.0,
             "recall@10 of each draw": [float(np.mean(found["recall@10"])) for found in draws],
         }
         row["difference"] = (

@@ -253,6 +253,7 @@ class StubTeacher:
     name_or_path = "stub-teacher"
     revision = None
     max_seq_length = 64
+    transformer = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast | None = None):
         self.tokenizer = tokenizer

@@ -58,7 +58,7 @@ def test_copied_heads_attend_as_the_backbones_own(make_backbone, make_model, fam
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         output = backbone(input_ids=ids, attention_mask=mask, position_ids=positions, output_attentions=True)
         for most in (48, 3):
-            model.query_head.selection.NUM_ASKING = most
+            model.query_head.selection.NUM_PIECES = most
             seen = model.query_head.selection.attention(states, mask, words).unflatten(1, (4, 4, 2))
             for row in range(2):
                 asking = words.positions[row][words.mask[row] & (words.turn_ids[row] == 1)][-most:]
@@ -96,10 +96,10 @@ def test_without_heads_to_copy_the_words_of_the_last_turns_come_first(make_model
 
 
 def planted(name: str, seed: int, good: tuple[int, ...], words: int = 200) -> Calibration:
-    """Features of `HEADS`, and three more: noise, but these columns are high for the words of the rewrite."""
+    """Features of `HEADS`, and one more: noise, but these columns are high for the words of the rewrite."""
     random = np.random.default_rng(seed)
     labels = random.random(words) < 0.2
-    features = random.normal(size=(words, 2 * len(HEADS) + 3)).astype(np.float32)
+    features = random.normal(size=(words, 2 * len(HEADS) + 1)).astype(np.float32)
     for column in good:
         features[:, column] += 4 * labels
     return Calibration(name, [features], [labels])
@@ -108,9 +108,9 @@ def planted(name: str, seed: int, good: tuple[int, ...], words: int = 200) -> Ca
 def test_a_planted_head_is_chosen_whichever_asks():
     heads, (chosen,) = choose([planted("a", 0, (2, 13))], HEADS, count=2)
     assert heads == [HEADS[1], HEADS[6]]
-    assert chosen.features.shape == (200, 2 * 2 + 3) and chosen.num_turns == 1
+    assert chosen.features.shape == (200, 2 * 2 + 1) and chosen.num_turns == 1
     whole = planted("a", 0, (2, 13)).features
-    assert np.array_equal(chosen.features, whole[:, [2, 3, 12, 13, 16, 17, 18]])
+    assert np.array_equal(chosen.features, whole[:, [2, 3, 12, 13, 16]])
 
 
 def test_a_head_must_hold_on_every_data_set():
@@ -120,10 +120,6 @@ def test_a_head_must_hold_on_every_data_set():
     two.features[:, 10] += 4 * two.labels
     heads, parts = choose([one, two], HEADS, count=1)
     assert heads == [HEADS[2]] and len(parts) == 2
-
-
-def test_without_rewrites_the_first_heads_are_taken():
-    assert choose([], HEADS * 2) == ((HEADS * 2)[:NUM_HEADS], [])
 
 
 def test_average_precision():
@@ -153,7 +149,7 @@ def test_every_data_set_weighs_the_same_in_the_score(make_model):
     values = np.array([-1.0, 1.0], np.float32)
 
     def part(copies: int, agrees: bool) -> Calibration:
-        features = np.zeros((2 * copies, 5), np.float32)
+        features = np.zeros((2 * copies, 3), np.float32)
         features[:, 0] = np.tile(values, copies)
         return Calibration("", [features], [(features[:, 0] > 0) == agrees])
 

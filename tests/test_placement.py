@@ -151,7 +151,6 @@ def test_accelerate_may_place_the_whole_model(llama):
     placed = copy.deepcopy(model)
     device_map = accelerate.infer_auto_device_map(placed, max_memory={"cpu": 10**9})
     assert set(device_map.values()) == {"cpu"}
-    assert set(accelerate.infer_auto_device_map(placed, max_memory={"cpu": 100_000}).values()) == {"cpu", "disk"}
     placed = accelerate.dispatch_model(placed, device_map, force_hooks=True)
     assert_same(placed, model)
     assert_same(copy.deepcopy(placed), model)

@@ -195,7 +195,7 @@ def test_a_hub_id_is_published_and_survives():
         ({"head_dim": 0}, "head_dim=0"),
         ({"head_dim": 30, "head_num_attention_heads": 4}, "a multiple of"),
         ({"word_vocab_size": 0}, "word_vocab_size=0"),
-        ({}, "leave the head nothing to read"),
+        ({"word_vocab_size": None}, "leave the head nothing to read"),
         ({"encoder_dim": 48}, "encoder_dim=48 must be a multiple of 32"),
         ({"encoder_num_layers": -1}, "encoder_num_layers=-1"),
         ({"encoder_code_dim": 0}, "encoder_code_dim=0"),

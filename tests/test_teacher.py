@@ -38,6 +38,9 @@ class FakeSentenceTransformer:
     def get_embedding_dimension(self) -> int:
         return self.width
 
+    def to(self, dtype: torch.dtype) -> "FakeSentenceTransformer":
+        return self
+
     def encode(self, texts: Sequence[str], prompt: str) -> np.ndarray:
         FakeSentenceTransformer.encoded += [text for text in texts if text not in FINGERPRINT_SENTENCES]
         vectors = []
