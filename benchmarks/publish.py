@@ -13,11 +13,12 @@ import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from native_retrieval.cli import CommandParser, one_line_errors
 from native_retrieval.loading import load_model
+
+ROOT = Path(__file__).resolve().parent.parent
 
 NOTE = """
 ## Zero-shot

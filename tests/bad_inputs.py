@@ -302,7 +302,7 @@ ROWS = [
     Row("NativeRetrievalConfig", "query_mode='psychic'", config(query_mode="psychic"), ("query_mode='psychic'", "choose one of")),
     Row("NativeRetrievalConfig", "head_dim=30 for 4 heads", config(head_dim=30, head_num_attention_heads=4), ("head_dim=30", "a multiple of head_num_attention_heads=4")),
     Row("NativeRetrievalConfig", "a layer that is not there", config(hidden_state_layers=[1, 9]), ("[9]", "0..4")),
-    Row("NativeRetrievalConfig", "nothing to read", config(word_vocab_size=None), ("word_vocab_size=None and head_num_layers=0", "set one of them")),
+    Row("NativeRetrievalConfig", "nothing to read", config(word_vocab_size=None, head_num_layers=0), ("word_vocab_size=None and head_num_layers=0", "set one of them")),
     Row("NativeRetrievalConfig", "encoder_dim=100", config(encoder_dim=100), ("encoder_dim=100", "a multiple of 32")),
     Row("NativeRetrievalConfig", "an attention head of a layer that is not read", config(hidden_state_layers=[1], selection_heads=[[2, 0]]), ("selection_heads [[2, 0]]", "leaves out")),
     Row("from_backbone", "an attention head that is not there", from_backbone(selection_heads=[[1, 9]]), ("selection_heads has [1, 9]", "heads 0 to 3")),
