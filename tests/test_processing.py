@@ -1149,7 +1149,9 @@ def test_pieces_of_one_word_are_one_group():
     messages = [user("The bridge, and two towers?"), assistant("Bridges!"), user("Is a Tower on it?")]
     read = processor.read_words(*processor.pad([processor.encode(messages)]))
     spelt: dict[int, list[str]] = {}
-    for group, run in itertools.groupby(zip(read.groups[0].tolist(), read.ids[0].tolist()), lambda pair: pair[0]):
+    for group, run in itertools.groupby(
+        zip(read.groups[0].tolist(), read.ids[0].tolist(), strict=True), lambda pair: pair[0]
+    ):
         spelt.setdefault(group, []).append(processor.word_tokenizer.decode([i for _, i in run]).strip())
     assert [spelt[group] for group in (1, 2, 3)] == [["bridge", "bridges"], ["two"], ["towers", "tower"]]
     assert set(spelt) == {0, 1, 2, 3}
