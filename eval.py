@@ -82,7 +82,7 @@ def run(arguments: EvalArguments, command: str) -> None:
     if len(task.queries) < 2:
         raise ValueError(f"{arguments.data}, split {arguments.split!r}: {len(task.queries)} queries, wanted at least 2")
     model = load_model(arguments.model)
-    methods = evaluation.usable_methods(arguments.methods, task)
+    methods = evaluation.usable_methods(arguments.methods, task, model)
     arguments.check_report(methods)
     # The index is opened before the teacher is loaded, which can take long.
     index = evaluation.open_index(arguments.index, task, model.config) if arguments.index else None

@@ -271,8 +271,8 @@ class NativeRetrievalHead(nn.Module):
 
     def select(self, words: Words, scores: torch.Tensor, count: int) -> list[list[int]]:
         """The places of each prompt's `count` best words, in order: each once, where it was said first."""
-        best, selected = scores.topk(min(count, scores.shape[1]), dim=1), []
-        chosen = best.indices.masked_fill(best.values == -torch.inf, 0).tolist()
+        selected, best = [], scores.sort(dim=1, descending=True, stable=True)  # equal words in the order of the prompt
+        chosen = best.indices.masked_fill(best.values == -torch.inf, 0)[:, :count].tolist()
         for groups, left in zip(words.groups.tolist(), map(set, chosen), strict=True):
             places, before = [], 0
             for place, group in enumerate(groups):

@@ -224,9 +224,6 @@ class NativeRetrievalModel(ComposedModel, GenerationMixin):
         words = None
         if self.query_head.encoder is not None:
             words = self.processor.read_words(cache.input_ids, cache.attention_mask, cache.words)
-            if queries is not None:  # a written query belongs to the question
-                written = readout_mask.cpu().gather(1, words.positions)
-                words = words._replace(turn_ids=words.turn_ids.masked_fill(written, 1))
         output = self(cache.input_ids, cache.attention_mask, readout_mask, cache.hidden_states, words)
         output.query_ids = queries
         return output

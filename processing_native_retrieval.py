@@ -236,8 +236,11 @@ class NativeRetrievalProcessor(ProcessorMixin):
                 "tool": ("user", "assistant"),
             }.items()
         }
+        answered = self._between(("user", "assistant", "user"))[
+            1
+        ]  # some templates write a thought before the last answer
         closing, openings = special & {i for _, after in around.values() for i in after}, {}
-        for role, (before, _) in around.items():
+        for role, (before, _) in (around | {"answered": (answered, [])}).items():
             at = [place for place, i in enumerate(before) if i in special]
             first = next((place for place in at if before[place] not in closing), at[-1] if at else len(before))
             openings[role] = before[first:]

@@ -149,7 +149,8 @@ def main() -> None:
         model, teacher = common.load(arguments)
     for name in wanted:
         task = read_set(name, arguments.data, arguments.cache_dir)
-        methods, index = usable_methods(arguments.methods, task), cached_index(arguments.cache_dir, task, teacher)
+        methods = usable_methods(arguments.methods, task, model)
+        index = cached_index(arguments.cache_dir, task, teacher)
         settings = {"latency_queries": LATENCY_QUERIES, "command": command}
         result, runs, _ = evaluate(model, teacher, index, task, methods, **settings)
         write_json(

@@ -167,7 +167,7 @@ def kept_encoder(model, args, texts, cache_dir: str | os.PathLike) -> Iterator[b
         print(f"Word encoder: taken from {path}, trained before on the same texts")
     yield is_kept
     if not is_kept and args.process_index == 0:
-        with atomic_write(path) as partial:
+        with _room_for(f"the word encoder {path}"), atomic_write(path) as partial:
             safetensors.torch.save_file(
                 {name: weight.detach().cpu() for name, weight in encoder.state_dict().items()}, partial
             )

@@ -12,7 +12,7 @@ import torch
 
 from .data import Task
 from .index import DocumentIndex, IndexMismatchError
-from .methods import METHODS, Comparison
+from .methods import METHODS, SELECTING, Comparison
 from .metrics import Run
 from .results import build_result
 from .teacher import Teacher
@@ -65,16 +65,22 @@ def evaluate(
     return result, runs, comparison
 
 
-def usable_methods(methods: Sequence[str], task: Task) -> list[str]:
-    """The methods without human-rewrite if a query has no rewrite, which is said on stderr. Raises `ValueError` if none is left."""
-    lacking = sum(not rewrite.strip() for rewrite in task.queries["rewrite"])
-    if not lacking or "human-rewrite" not in methods:
-        return list(methods)
-    note = f"human-rewrite is left out: {lacking:,} of the {len(task.queries):,} queries have no rewrite"
-    rest = [name for name in methods if name != "human-rewrite"]
+def usable_methods(methods: Sequence[str], task: Task, model: "NativeRetrievalModel") -> list[str]:
+    """
+    The methods without human-rewrite if a query has no rewrite, and without those on selected words if the model selects
+    none, which is said on stderr. Raises `ValueError` if none is left.
+    """
+    lacking, notes = sum(not rewrite.strip() for rewrite in task.queries["rewrite"]), {}
+    if lacking:
+        notes["human-rewrite"] = f"{lacking:,} of the {len(task.queries):,} queries have no rewrite"
+    if model.query_head.selection is None:
+        notes |= dict.fromkeys(SELECTING, "the model selects no words")
+    left_out = [f"{name} is left out: {notes[name]}" for name in methods if name in notes]
+    rest = [name for name in methods if name not in notes]
     if not rest:
-        raise ValueError(f"{note}, and --methods names no other method")
-    print(note, file=sys.stderr)
+        raise ValueError(f"{'; '.join(left_out)}, and --methods names no other method")
+    for note in left_out:
+        print(note, file=sys.stderr)
     return rest
 
 

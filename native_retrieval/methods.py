@@ -261,6 +261,7 @@ METHOD_CLASSES = {
     "hybrid": Hybrid,
 }
 METHODS = tuple(METHOD_CLASSES)
+SELECTING = ("selected-words", "bm25-selected-words", "hybrid")  # need a head that selects words
 
 
 RANK_OFFSET = 60  # of rank fusion, as in its paper

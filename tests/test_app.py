@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHATML, CONTEXT, PLACES, REPOSITORY
+from conftest import CHATML, CONTEXT, PLACES, REPOSITORY, stir
 
 from native_retrieval.agent import Agent
 from native_retrieval.conversations import search_results
@@ -56,7 +56,7 @@ def test_an_agents_turn_finds_what_a_fresh_pass_finds_and_says_what_it_would(par
 
 def test_an_agents_tools_and_template_arguments_are_in_its_prompts(parts, monkeypatch):
     model, _, index = parts
-    model = copy.deepcopy(model)
+    model = stir(copy.deepcopy(model))  # the words before the first question are not read; the newest states know them
     model.processor.tokenizer.chat_template = (
         "{{ style }} {% for tool in tools or [] %}{{ tool['function']['name'] }}{% endfor %}\n" + CHATML
     )

@@ -129,6 +129,19 @@ def test_human_rewrite_is_left_out_unless_all_queries_have_one(capsys):
     assert "no other method" in capsys.readouterr().err
 
 
+def test_selected_words_are_left_out_for_a_head_that_selects_none(capsys, make_model):
+    fields = {"teacher_name_or_path": "stub-teacher", "teacher_fingerprint": StubTeacher().fingerprint}
+    make_model(word_vocab_size=None, **fields).save_pretrained("wordless")
+    arguments = "--model wordless --data data --output a.json --latency_queries 0 --methods"
+    assert run(f"{arguments} hybrid selected-words bm25-selected-words native-context") == 0
+    assert list(json.loads(Path("a.json").read_text())["methods"]) == ["native-context"]
+    said = capsys.readouterr().err
+    for name in ("hybrid", "selected-words", "bm25-selected-words"):
+        assert f"\n{name} is left out: the model selects no words\n" in f"\n{said}"
+    assert run(f"{arguments} hybrid") == 2
+    assert "no other method" in capsys.readouterr().err
+
+
 GOOD = "--model model --data data --output out.json --latency_queries 0"
 
 

@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -167,18 +168,25 @@ def test_a_saved_model_replaces_all_of_the_one_before(make_taught_model, tmp_pat
     assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
 
 
-def test_a_full_disk_in_training_is_one_line_and_leaves_nothing_that_seems_whole(steps, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("step", "lexical", "what"), [("training", True, "word encoder"), ("checkpoints", False, "checkpoint of step 1")]
+)
+def test_a_full_disk_in_training_is_one_line_and_leaves_nothing_that_seems_whole(
+    steps, tmp_path: Path, step: str, lexical: bool, what: str
+):
     def fill_the_disk(*args, **kwargs):
-        # What is written beyond fails, as on a full disk: the weights of a checkpoint are larger.
+        # What is written beyond fails, as on a full disk: the weights are larger.
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
 
     def run(folder: Path) -> None:
         checkpoints.remove_checkpoints = fill_the_disk  # when all is prepared; in a process of its own
-        steps["checkpoints"].run(folder)
+        if not lexical:
+            checkpoints.kept_encoder = lambda *args: nullcontext(True)
+        steps[step].run(folder)
 
     assert not kill.ends_well(kill.Step("full disk", run, kill.weights), tmp_path)
     last = (tmp_path / "log").read_text().splitlines()[-1]
-    assert last.startswith("OSError") and "checkpoint of step 1" in last and "--resume goes on" in last
+    assert last.startswith("OSError") and what in last and "--resume goes on" in last
     assert checkpoints.last_whole_checkpoint(tmp_path / "out") is None
     assert not (tmp_path / "out" / "config.json").exists()
 

@@ -47,7 +47,7 @@ def test_every_method_returns_documents_for_every_query(comparison, task, index)
 
 
 def test_native_vectors_are_those_of_embed_query(comparison, tiny_model):
-    expected = tiny_model.embed_query(comparison.messages, mode="context").numpy()
+    expected = tiny_model.embed_query(comparison.messages, mode="context", batch_size=4).numpy()
     np.testing.assert_array_equal(comparison.methods["native-context"].vectors(), expected)
     expected = tiny_model.embed_query(comparison.messages, mode="generated", batch_size=4).numpy()
     np.testing.assert_array_equal(comparison.methods["native-generated"].vectors(), expected)

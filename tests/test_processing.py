@@ -1042,6 +1042,24 @@ def turns_of(processor: NativeRetrievalProcessor, ids: list[int]) -> list[tuple[
     return runs
 
 
+OPENERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>")  # a role follows
+
+
+def said_of(processor: NativeRetrievalProcessor, ids: list[int]) -> list[tuple[int, list[int]]]:
+    """The same from the first user's or assistant's turn on, without the roles that begin turns."""
+    openers = set(processor.tokenizer.convert_tokens_to_ids([*OPENERS])) & set(processor.special_ids)
+    begun, runs = not openers & set(ids), []
+    for start, tokens in turns_of(processor, ids):
+        if ids[start - 1] in openers:
+            texts = [text_of(processor, tokens[: i + 1]).strip() for i in range(len(tokens))]
+            if role := next((text for text in texts if text in ("user", "assistant", "model")), None):
+                begun, count = True, texts.index(role) + 1
+                start, tokens = start + count, tokens[count:]
+        if begun and tokens:
+            runs.append((start, tokens))
+    return runs
+
+
 def text_of(processor: NativeRetrievalProcessor, tokens: list[int]) -> str:
     """With what the decoder of a SentencePiece leaves out at the beginning."""
     first = processor.tokenizer.convert_ids_to_tokens(tokens[0])
@@ -1066,9 +1084,10 @@ def test_words_are_those_of_each_turn(family: str, spelling: Callable, words: Ca
     processor = cached_reader(family, spelling, words)
     texts = st.sampled_from([*SENTENCES, *UNICODE]) | SAID
     said = [data.draw(texts) for _ in range(data.draw(st.sampled_from([1, 3])))]
-    ids = processor.encode([(user, assistant)[i % 2](text) for i, text in enumerate(said)])
+    messages = [(user, assistant)[i % 2](text) for i, text in enumerate(said)]
+    ids = processor.encode([*data.draw(st.sampled_from([[], [system("Answer the user briefly.")]])), *messages])
     read = processor.read_words(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
-    runs = [(start, tokens, text_of(processor, tokens)) for start, tokens in turns_of(processor, ids)]
+    runs = [(start, tokens, text_of(processor, tokens)) for start, tokens in said_of(processor, ids)]
     runs = [run for run in runs if run[2].strip()]
     wanted = [processor.encode_words([text])[0] for _, _, text in runs]
     assert read.ids[read.mask].tolist() == list(itertools.chain(*wanted))
@@ -1092,7 +1111,7 @@ def test_a_word_stands_where_its_last_letter_is_written(family: str, spelling: C
         ids = processor.encode([user(text)])
         read = processor.read_words(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
         positions = read.positions[read.mask].tolist()
-        for start, tokens in turns_of(processor, ids):
+        for start, tokens in said_of(processor, ids):
             whole = text_of(processor, tokens)
             if not whole.strip():
                 continue
@@ -1107,6 +1126,35 @@ def test_a_word_stands_where_its_last_letter_is_written(family: str, spelling: C
                 before = text_of(processor, tokens[: place - start]) if place > start else ""
                 through = text_of(processor, tokens[: place - start + 1])
                 assert len(before.rstrip("\ufffd")) < max(end, 1) and len(through.encode()) >= len(whole[:end].encode())
+
+
+ROLELESS = [(family, byte_level, "Whoisuser7?Anassistant.When?") for family in ("smollm2", "llama3", "qwen3")]
+ROLELESS += [("mistral", sentence_piece, "Whoisuser7?Anassistant.Bebrief.When?")]
+ROLELESS += [("gemma3", sentence_piece, "Bebrief.Whoisuser7?Anassistant.When?")]
+
+
+@pytest.mark.parametrize("family, spelling, wanted", ROLELESS)
+def test_roles_and_instructions_are_no_words(family: str, spelling: Callable, wanted: str):
+    """But for instructions that a template writes into a user's turn."""
+    processor = cached_reader(family, spelling, None)
+    messages = [system("Be brief."), user("Who is user 7?"), assistant("An assistant."), user("When?")]
+    read = processor.read_words(*processor.pad([processor.encode(messages)]))
+    text = "".join(processor.word_tokenizer.decode(read.ids[0]).split())
+    assert text == wanted
+
+
+def test_pieces_of_one_word_are_one_group():
+    """Whatever its case and number, in any turn; function words and punctuation are in none."""
+    processor = reader("smollm2", byte_level, word_piece)
+    messages = [user("The bridge, and two towers?"), assistant("Bridges!"), user("Is a Tower on it?")]
+    read = processor.read_words(*processor.pad([processor.encode(messages)]))
+    spelt: dict[int, list[str]] = {}
+    for group, run in itertools.groupby(
+        zip(read.groups[0].tolist(), read.ids[0].tolist(), strict=True), lambda pair: pair[0]
+    ):
+        spelt.setdefault(group, []).append(processor.word_tokenizer.decode([i for _, i in run]).strip())
+    assert [spelt[group] for group in (1, 2, 3)] == [["bridge", "bridges"], ["two"], ["towers", "tower"]]
+    assert set(spelt) == {0, 1, 2, 3}
 
 
 def test_words_do_not_depend_on_padding_or_on_other_rows():
