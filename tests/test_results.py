@@ -131,6 +131,7 @@ def test_printed_table_is_plain_and_whole(capsys: pytest.CaptureFixture[str], mo
 def test_printed_table_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # another test may have left a 0
     monkeypatch.setenv("TERM", "xterm")
     print_table(make_result())
     printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)

@@ -78,7 +78,7 @@ def test_all_methods_are_compared_by_default(words, tmp_path, capsys):
     assert not run_here(["benchmarks/zero_shot.py", *words, "--sets", "apibank", "--output", str(tmp_path)])
     result, summary = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("apibank", "summary"))
     assert set(summary["sets"]["apibank"]) == set(METHODS)
-    assert result["dataset"] == "apibank" and all(its["latency_ms"] for its in result["methods"].values())
+    assert result["dataset"] == "apibank" and set(result["methods"]) == set(METHODS)
     assert all(f"ratio_{name}" in row for name in zero_shot.OURS for row in summary["rows"])
     assert "hybrid" in capsys.readouterr().out
 
