@@ -2,12 +2,14 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from rich.console import Console
 
 from native_retrieval.failures import worst_queries
 from native_retrieval.figures import plot_by_turn, plot_map, plot_quality_latency, plot_training
@@ -129,10 +131,7 @@ def test_printed_table_is_plain_and_whole(capsys: pytest.CaptureFixture[str], mo
 
 
 def test_printed_table_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # another test may have left a 0
-    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("native_retrieval.results.Console", partial(Console, force_terminal=True, width=100))
     print_table(make_result())
     printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     assert "…" not in printed
