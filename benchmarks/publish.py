@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTE = """
 ## Zero-shot
 
-Conversations of five kinds that nothing was trained on. The best other way is the best of those that can be deployed: the
+Conversations of kinds that nothing was trained on. The best other way is the best of those that can be deployed: the
 teacher on the last question, on the full history, on both; BM25; a query that the backbone writes, and the teacher encodes.
 
 {table}
