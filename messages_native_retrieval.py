@@ -63,8 +63,10 @@ def is_one(queries: Any) -> bool:
 
 
 def last_question(messages: list[Message]) -> str:
-    """The text of the user's last turn that has any; without a user, of the last turn of all."""
-    said = [(m["role"], m["content"].strip()) for m in messages if has_text(m["content"])]
+    """The text of the user's last turn that has any; without a user, of the last turn; `""` if there is none."""
+    said = [
+        (m["role"], m["content"].strip()) for m in messages if has_text(m["content"]) and m["role"] not in ROLES[:2]
+    ]
     return next((text for role, text in reversed(said) if role == "user"), said[-1][1] if said else "")
 
 

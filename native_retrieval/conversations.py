@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from messages_native_retrieval import ROLES, clean_messages, has_text
+from messages_native_retrieval import last_question as last_question_of
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -17,8 +18,7 @@ def turns(messages: Messages) -> list[str]:
 
 def last_question(messages: Messages) -> str:
     """The last user message with text. Without a user, the last turn with text; `""` if there is none."""
-    questions = [text for role, text in _said(messages) if role == "user"]
-    return (questions or turns(messages) or [""])[-1]
+    return last_question_of(clean_messages(messages))
 
 
 def num_user_turns(messages: Messages) -> int:
